@@ -1,0 +1,120 @@
+"""Every setting of the server: one frozen dataclass a room, one definition a setting. Knows no flags and no files.
+
+`llmserve/settings.py` fills these from flags, environment and TOML; a resolved value makes a new object.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from llmserve.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """'2GiB', '512M', '1.5g' or a plain number of bytes -> bytes. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"{text!r} is not an amount of memory. Write it like 512M, 2GiB or 1073741824.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
+
+
+def setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a flag, an environment variable and a TOML key. `kind` "bytes" takes units."""
+    metadata = {"help": text, "kind": kind, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def _require_at_least(config: object, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if value is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One LLM and the process that runs it. None means: what is right for the model and the machine found."""
+
+    model: str = ""  # a resolved path: a Hugging Face folder or a .gguf file
+    device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "auto", "Weights and activations.", choices=("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+    )
+    quantization: str | None = setting(None, "Weight format; by default the weights are used as they are.")
+    max_model_len: int | None = setting(None, "Longest context, prompt and answer together, in tokens.")
+    max_num_seqs: int | None = setting(None, "Most sequences that run at once.")
+    max_num_batched_tokens: int | None = setting(None, "Token budget of a step.")
+    kv_cache_memory: int | None = setting(None, "Memory for the KV cache, e.g. 2GiB.", kind="bytes")
+    block_size: int = setting(16, "Tokens in a KV cache block.")
+    enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings.")
+    scheduling_policy: str = setting("fcfs", "Order of waiting requests.", choices=("fcfs", "priority"))
+    itl_slowdown: float = setting(
+        2.0,
+        "While others decode, prompts may stretch a step to this multiple of a decode-only step; 0: off.",
+    )
+    num_threads: int | None = setting(None, "CPU threads of an engine; by default the cores it may use.")
+    max_logprobs: int = setting(20, "Most log-probabilities a request may ask for at one position.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_threads"):
+            _require_at_least(self, name, 1)
+        _require_at_least(self, "max_logprobs", 0)
+        if self.block_size < 16 or self.block_size % 16:
+            raise ConfigError(f"block_size must be a multiple of 16, not {self.block_size}.")
+        if self.itl_slowdown != 0 and self.itl_slowdown < 1.1:
+            raise ConfigError(f"itl_slowdown must be 0 (off) or at least 1.1, not {self.itl_slowdown}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The server process: where it listens and what it bounds."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.")
+    log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
+    max_body_bytes: int = setting(32 * 2**20, "Largest request body.", kind="bytes")
+    keep_alive_s: float = setting(15.0, "A silent stream gets an SSE comment this often.")
+    drain_timeout_s: float = setting(30.0, "After SIGTERM, requests in flight may take this long to finish.")
+    stall_timeout_s: float = setting(60.0, "An engine with work whose steps do not advance for this long is not live.")
+    vllm_metrics: bool = setting(True, "Expose metrics under vLLM's names too, for its dashboards.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}.")
+        for name in ("max_body_bytes", "keep_alive_s", "stall_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfigEntry:
+    """One model to serve: what the user called it, under which names, with which settings."""
+
+    model: str
+    served_names: tuple[str, ...] = ()
+    engine: EngineConfig = EngineConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """All that `llmserve serve` needs."""
+
+    server: ServerConfig = ServerConfig()
+    models: tuple[ModelConfigEntry, ...] = ()
+
+
+def setting_names(config_class: type) -> list[str]:
+    """The names of the settings a config class holds, in order."""
+    return [f.name for f in fields(config_class) if "help" in f.metadata]

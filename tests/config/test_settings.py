@@ -1,0 +1,120 @@
+"""Where a setting's value comes from: flags over environment over file over defaults, each checked by name."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmserve.config import EngineConfig, ServeConfig, format_bytes, parse_bytes
+from llmserve.errors import ConfigError
+from llmserve.settings import add_setting_flags, load_serve_config
+
+
+def load(*argv: str, environ: dict[str, str] | None = None) -> ServeConfig:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--served-model-name", nargs="+")
+    add_setting_flags(parser)
+    return load_serve_config(vars(parser.parse_args(argv)), environ or {})
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_leave_the_model_and_the_limits_open() -> None:
+    config = load()
+    assert config.server.port == 8000
+    assert config.models == ()
+
+
+def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", "max_num_seqs = 1\nmax_model_len = 1\nblock_size = 32\n")
+    environ = {"LLMSERVE_MAX_NUM_SEQS": "2", "LLMSERVE_MAX_MODEL_LEN": "2", "LLMSERVE_CONFIG": file}
+    engine = load("model", "--max-num-seqs", "3", environ=environ).models[0].engine
+    assert (engine.max_num_seqs, engine.max_model_len, engine.block_size, engine.max_logprobs) == (3, 2, 32, 20)
+
+
+def test_models_tables_hold_their_own_settings(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "c.toml",
+        "dtype = 'float32'\n[[models]]\nmodel = 'a'\nserved_model_name = ['x', 'y']\nkv-cache-memory = '1GiB'\n"
+        "[[models]]\nmodel = 'b'\ndtype = 'bfloat16'\n",
+    )
+    first, second = load("--config", file, "--max-num-seqs", "5").models
+    assert (first.model, first.served_names, first.engine.dtype) == ("a", ("x", "y"), "float32")
+    assert first.engine.kv_cache_memory == 2**30
+    assert (second.model, second.engine.dtype, second.engine.max_num_seqs) == ("b", "bfloat16", 5)
+
+
+def test_served_model_name_names_the_only_model_several_times_or_each_model_once() -> None:
+    assert load("m", "--served-model-name", "a", "b").models[0].served_names == ("a", "b")
+    assert load("--served-model-name", "a").models[0].served_names == ("a",)
+    several = load("m", "n", "--served-model-name", "a", "b").models
+    assert [entry.served_names for entry in several] == [("a",), ("b",)]
+    with pytest.raises(ConfigError, match="1 names for 2 models"):
+        load("m", "n", "--served-model-name", "a")
+
+
+def test_booleans_have_a_flag_each_way() -> None:
+    assert load("m").models[0].engine.enable_prefix_caching is True
+    assert load("m", "--no-enable-prefix-caching").models[0].engine.enable_prefix_caching is False
+    environ = {"LLMSERVE_ENABLE_PREFIX_CACHING": "false"}
+    assert load("m", environ=environ).models[0].engine.enable_prefix_caching is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "named"),
+    [
+        (["--port", "eight"], {}, "--port"),
+        (["--port", "70000"], {}, "port"),
+        (["m", "--max-model-len", "0"], {}, "max_model_len"),
+        (["m", "--dtype", "int3"], {}, "float32, bfloat16"),
+        (["m", "--kv-cache-memory", "lots"], {}, "512M"),
+        (["m", "--block-size", "20"], {}, "multiple of 16"),
+        (["m", "--itl-slowdown", "1.0"], {}, "itl_slowdown"),
+        ([], {"LLMSERVE_PORT": "x"}, "LLMSERVE_PORT"),
+        ([], {"LLMSERVE_VLLM_METRICS": "maybe"}, "LLMSERVE_VLLM_METRICS"),
+        (["--config", "nowhere.toml"], {}, "nowhere.toml"),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_its_source(argv: list[str], environ: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load(*argv, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prot = 8000", "Did you mean 'port'"),
+        ("port = 8000.5", "port"),
+        ("port = true", "port"),
+        ("not toml", "not valid TOML"),
+        ("models = 3", r"\[\[models\]\]"),
+        ("[[models]]\ndtype = 'float32'", r"models\[0\] needs a key 'model'"),
+        ("[[models]]\nmodel = 'a'\nport = 3", "unknown setting 'port'"),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_the_key(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load("--config", write(tmp_path / "c.toml", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1024", 1024), ("2GiB", 2**31), ("512M", 512 * 10**6), ("1.5g", 15 * 10**8), ("3 KiB", 3072)]
+)
+def test_bytes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+def test_bytes_for_people() -> None:
+    assert [format_bytes(n) for n in (10, 2048, 3 * 2**20, 2**31)] == ["10 B", "2 KiB", "3 MiB", "2.00 GiB"]
+
+
+def test_an_engine_config_survives_json() -> None:
+    import msgspec
+
+    config: Any = EngineConfig(model="x", kv_cache_memory=5, dtype="float32")
+    assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
