@@ -1,0 +1,91 @@
+"""One sequence inside the scheduler: how far it is computed and when it ends. Knows no queue, block or batch."""
+
+from __future__ import annotations
+
+import enum
+
+from llmserve.messages import EngineRequest, FinishReason
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands in its life."""
+
+    WAITING = enum.auto()  # never scheduled: the worker does not know it
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()  # waiting again; the worker has kept its tokens
+
+
+class Request:
+    """A request's tokens and counts. `num_computed_tokens` chases `num_tokens`; there are no phases.
+
+    `num_computed_tokens` counts tokens whose keys and values are in the cache, those of the step in flight included.
+    `num_slots` is how many tokens its blocks have room for. `key` orders requests: the smaller is served first.
+    """
+
+    __slots__ = (
+        "finish_reason",
+        "first_scheduled_s",
+        "key",
+        "max_num_tokens",
+        "min_num_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_slots",
+        "params",
+        "prompt_token_ids",
+        "request_id",
+        "status",
+        "stop_token_id",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(self, request: EngineRequest, key: tuple[float, float, int], max_model_len: int) -> None:
+        """`key` is (the policy's rank, arrival, order of adding); `max_model_len` limits prompt and output together."""
+        self.request_id = request.request_id
+        self.prompt_token_ids = request.prompt_token_ids
+        self.params = request.params
+        self.key = key
+        self.token_ids = request.prompt_token_ids.copy()  # prompt and output
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.min_num_tokens = self.num_prompt_tokens + request.params.min_tokens
+        self.max_num_tokens = min(self.num_prompt_tokens + request.params.max_tokens, max_model_len)
+        self.stop_token_ids = frozenset(request.params.stop_token_ids)
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.num_slots = 0
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
+        self.num_preemptions = 0
+        self.first_scheduled_s = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_token_id: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """What was generated so far, as a copy."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token_id: int) -> bool:
+        """Adds a sampled token; returns whether it ends the request, and then sets `finish_reason`.
+
+        A stop token counts only after `min_tokens` others. `max_tokens` and the model's length end the request with
+        LENGTH; a stop token in the last place still says STOP.
+        """
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        num_tokens = len(token_ids)
+        if token_id in self.stop_token_ids and num_tokens > self.min_num_tokens:
+            self.finish_reason = FinishReason.STOP
+            self.stop_token_id = token_id
+            return True
+        if num_tokens >= self.max_num_tokens:
+            self.finish_reason = FinishReason.LENGTH
+            return True
+        return False

@@ -1,0 +1,297 @@
+"""In-flight batching: which requests compute how many tokens in the next step. Knows no model, no worker and no clock.
+
+There is no prefill phase and no decode phase: every request has tokens that are not computed yet, and a step spends one
+token budget on them, running requests first. Blocks come from `KVCacheManager`, order from a policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from llmserve.errors import ConfigError, InvalidRequestError
+from llmserve.kv_cache.manager import KVCacheManager
+from llmserve.messages import EngineRequest, EngineStats, SequenceOutput
+from llmserve.scheduler.budget import TokenBudget
+from llmserve.scheduler.output import NewRequestData, ResumedRequestData, SchedulerOutput
+from llmserve.scheduler.policy import Policy
+from llmserve.scheduler.request import Request, RequestStatus
+from llmserve.scheduler.request_queue import RequestQueue
+
+
+class Scheduler:
+    """`schedule()`, run the step, `update()`; between steps `add()` and `abort()`.
+
+    What it promises, and why it holds:
+
+    * Running requests come before waiting ones, and each gets at least one token a step: the budget is never below
+      their number, and a prompt's chunk leaves one token for every request behind it. So no decode waits for a prompt.
+    * A step's victims of preemption have not been scheduled in it. Requests are walked best first and given up last
+      first, so when the walk stands at a request, only it and those it has not come to can be given up.
+    * Therefore a scheduled token is certain to be computed, and its block may be committed to the prefix cache while
+      the step is being scheduled. Another request of the same step may share the block, because in every layer all keys
+      and values of the step are written before attention reads any. So the `n` sequences of one prompt, or equal
+      prompts that arrive together, are computed once. (A step that was scheduled must be run; if it fails, the
+      cache is void and the engine ends.)
+    * Nobody starves. The first request in order can give up all the others, and alone it always fits, because no
+      request is let in, or grows, beyond the pool. Waiting requests are admitted strictly in order.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        *,
+        policy: Policy,
+        budget: TokenBudget,
+        max_num_seqs: int,
+        max_model_len: int,
+        long_prefill_token_threshold: int = 0,
+        watermark: float = 0.01,
+    ) -> None:
+        """`long_prefill_token_threshold` caps the tokens of one request in a step (0: no cap). A waiting request is
+        admitted only if `watermark`, a share of all blocks, stays free for those that run; when nothing runs it is not
+        held to that. Raises ConfigError.
+        """
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, not {max_num_seqs}.")
+        if budget.max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({budget.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({max_num_seqs}), or a step could not give every running request one token."
+            )
+        if long_prefill_token_threshold < 0:
+            raise ConfigError(f"long_prefill_token_threshold must be 0 or more, not {long_prefill_token_threshold}.")
+        if not 0 <= watermark < 1:
+            raise ConfigError(f"watermark must be a share of the blocks from 0 to below 1, not {watermark}.")
+        self._kv_cache = kv_cache
+        self._policy = policy
+        self._budget = budget
+        self._max_num_seqs = max_num_seqs
+        self._num_pool_tokens = kv_cache.num_blocks * kv_cache.block_size
+        self._max_model_len = min(max_model_len, self._num_pool_tokens)
+        self._max_chunk = long_prefill_token_threshold or budget.max_num_batched_tokens
+        self._num_watermark_blocks = math.ceil(watermark * kv_cache.num_blocks)
+        self._requests: dict[str, Request] = {}
+        self._waiting = RequestQueue()
+        self._running = RequestQueue()
+        self._finished_ids: list[str] = []  # known to the worker, not yet told to it
+        self._num_added = 0
+        self._stats = EngineStats(0, 0, 0, kv_cache.num_blocks)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no blocks: new and preempted ones."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished. `finished_ids` not yet sent are no work: they go with the next step."""
+        return bool(self._requests)
+
+    def stats(self) -> EngineStats:
+        """The gauges as they are now, and what the last step scheduled did."""
+        stats = self._stats
+        stats.num_running = len(self._running)
+        stats.num_waiting = len(self._waiting)
+        stats.num_free_blocks = self._kv_cache.num_free_blocks
+        return stats
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Raises InvalidRequestError if it could never run, and then knows nothing of it."""
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"The request id {request.request_id!r} is in use.", "request_id")
+        if not num_prompt_tokens:
+            raise InvalidRequestError("The prompt is empty: give at least one token.", "prompt")
+        if num_prompt_tokens >= self._num_pool_tokens:
+            raise InvalidRequestError(
+                f"The prompt has {num_prompt_tokens} tokens, but the KV cache holds {self._num_pool_tokens} in all, "
+                "one of them for the answer. Shorten the prompt, or give the server more --kv-cache-memory.",
+                "prompt",
+            )
+        if num_prompt_tokens >= self._max_model_len:
+            raise InvalidRequestError(
+                f"The prompt has {num_prompt_tokens} tokens, but the context is {self._max_model_len} tokens, one of "
+                "them for the answer. Shorten the prompt.",
+                "prompt",
+            )
+        key = (self._policy.rank(request), request.arrival_s, self._num_added)
+        self._num_added += 1
+        added = Request(request, key, self._max_model_len)
+        self._requests[request.request_id] = added
+        self._kv_cache.add(request.request_id, request.cache_salt)
+        self._waiting.add(added)
+
+    def abort(self, request_ids: Iterable[str]) -> list[str]:
+        """Drops requests, running or waiting; their blocks are free at once. Returns those that were still here."""
+        aborted = []
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._remove(request)
+                aborted.append(request_id)
+        return aborted
+
+    def schedule(self, now_s: float) -> SchedulerOutput:
+        """Decides the next step and counts its tokens as computed. The step must be run, and `update` be called.
+
+        A worker takes the parts of the output in this order: finished_ids, preempted_ids, then the rest.
+        """
+        output = SchedulerOutput(finished_ids=self._finished_ids)
+        self._finished_ids = []
+        self._stats = EngineStats(0, 0, 0, self._kv_cache.num_blocks)
+        num_tokens = self._budget.next_step(len(self._running))
+        num_left = self._schedule_running(output, num_tokens)
+        if not output.preempted_ids:  # blocks are short: who waits would only take them from those that run
+            num_left = self._admit_waiting(output, num_left, now_s)
+        output.total_num_scheduled_tokens = num_tokens - num_left
+        self._stats.num_step_tokens = output.total_num_scheduled_tokens
+        self._stats.num_preemptions = len(output.preempted_ids)
+        return output
+
+    def update(self, output: SchedulerOutput, sampled: Mapping[str, list[int]]) -> list[SequenceOutput]:
+        """Takes the tokens a step brought; returns what to tell each request that got any (logprobs left out).
+
+        `sampled` maps request ids of `output` to one or several tokens; requests in mid-prompt have none, and those
+        aborted since are passed over. Tokens after the one that ends a request are dropped.
+        """
+        assert sampled.keys() <= output.num_scheduled_tokens.keys()
+        requests = self._requests
+        updates = []
+        for request_id, token_ids in sampled.items():
+            request = requests.get(request_id)
+            if request is None or not token_ids:
+                continue
+            num_before = len(request.token_ids)
+            update = SequenceOutput(request_id, token_ids)
+            updates.append(update)
+            update.num_preemptions = request.num_preemptions
+            if num_before == request.num_prompt_tokens:
+                update.num_cached_tokens = request.num_cached_tokens
+                update.first_scheduled_s = request.first_scheduled_s
+            for token_id in token_ids:
+                if request.append(token_id):
+                    update.token_ids = request.token_ids[num_before:]
+                    update.finish_reason = request.finish_reason
+                    update.stop_token_id = request.stop_token_id
+                    self._remove(request)
+                    break
+        return updates
+
+    def _schedule_running(self, output: SchedulerOutput, num_left: int) -> int:
+        """Gives every running request its tokens, best first, preempting from the end when blocks run out.
+
+        Returns what is left of the budget. This loop is the cost of a step: for a request that decodes inside a block
+        it only counts.
+        """
+        running, scheduled = self._running, output.num_scheduled_tokens
+        for request in running:
+            num_computed = len(request.token_ids)
+            num_new = num_computed - request.num_computed_tokens
+            if num_computed > request.num_slots and not self._grow(request, output):
+                break  # it had to give up itself, and was the last
+            if num_new == 1 and num_computed != request.num_prompt_tokens:
+                request.num_computed_tokens = num_computed
+                scheduled[request.request_id] = 1
+                num_left -= 1
+            elif num_new:  # a chunk of a prompt, or several tokens sampled in one step
+                num_behind = len(running) - len(scheduled) - 1
+                num_new = min(num_new, self._max_chunk, num_left - num_behind)
+                self._schedule_chunk(request, num_new, output)
+                num_left -= num_new
+        return num_left
+
+    def _schedule_chunk(self, request: Request, num_new: int, output: SchedulerOutput) -> None:
+        """Schedules several tokens of a request that has blocks for them, and makes the blocks they fill findable."""
+        num_prompt_tokens_left = request.num_prompt_tokens - request.num_computed_tokens
+        self._stats.num_prompt_tokens += max(0, min(num_new, num_prompt_tokens_left))
+        request.num_computed_tokens += num_new
+        output.num_scheduled_tokens[request.request_id] = num_new
+        self._kv_cache.commit(request.request_id, request.token_ids, request.num_computed_tokens)
+
+    def _grow(self, request: Request, output: SchedulerOutput) -> bool:
+        """Makes room for all tokens of a running request. False if the request itself had to be preempted."""
+        kv_cache = self._kv_cache
+        kv_cache.commit(request.request_id, request.token_ids, request.num_computed_tokens)
+        while (block_ids := kv_cache.allocate(request.request_id, len(request.token_ids))) is None:
+            victim = self._running.last
+            self._preempt(victim, output)
+            if victim is request:
+                return False
+        request.num_slots += len(block_ids) * kv_cache.block_size
+        output.new_block_ids[request.request_id] = block_ids
+        return True
+
+    def _preempt(self, request: Request, output: SchedulerOutput) -> None:
+        """Takes a running request's blocks; it will be recomputed, from whatever of them is still cached then."""
+        self._kv_cache.commit(request.request_id, request.token_ids, request.num_computed_tokens)
+        self._kv_cache.free(request.request_id)
+        self._running.remove(request)
+        self._waiting.add(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_slots = 0
+        request.num_preemptions += 1
+        output.preempted_ids.append(request.request_id)
+
+    def _admit_waiting(self, output: SchedulerOutput, num_left: int, now_s: float) -> int:
+        """Starts waiting requests in order, as far as budget, seats and blocks go. Returns the budget left.
+
+        A request gets blocks for all its tokens at once, though its first chunk may be shorter: so a prompt that is
+        let in is not given up half-way for want of blocks of its own.
+        """
+        waiting, running, kv_cache = self._waiting, self._running, self._kv_cache
+        while waiting and num_left and len(running) < self._max_num_seqs:
+            request = waiting.first
+            # Found tokens have no logits, and the log-probabilities of a prompt need them all.
+            may_skip = request.params.prompt_logprobs is None
+            cached_block_ids = kv_cache.match_prefix(request.request_id, request.token_ids) if may_skip else []
+            num_spare = self._num_watermark_blocks if running else 0
+            block_ids = kv_cache.allocate(request.request_id, request.num_tokens, cached_block_ids, num_spare)
+            if block_ids is None:
+                assert running, "a lone request fits"
+                break
+            waiting.remove(request)
+            running.add(request)
+            request.num_computed_tokens = len(cached_block_ids) * kv_cache.block_size
+            block_ids = cached_block_ids + block_ids
+            request.num_slots = len(block_ids) * kv_cache.block_size
+            if request.status is RequestStatus.WAITING:
+                self._start(request, may_skip, now_s)
+                output.new_requests.append(_new_request_data(request, block_ids))
+            else:
+                output.resumed_requests[request.request_id] = ResumedRequestData(block_ids, request.num_computed_tokens)
+            request.status = RequestStatus.RUNNING
+            num_new = min(request.num_tokens - request.num_computed_tokens, self._max_chunk, num_left)
+            self._schedule_chunk(request, num_new, output)
+            num_left -= num_new
+        return num_left
+
+    def _start(self, request: Request, was_looked_up: bool, now_s: float) -> None:
+        """Notes what a request that is scheduled for the first time found. Recomputations are no cache statistics."""
+        request.first_scheduled_s = now_s
+        request.num_cached_tokens = request.num_computed_tokens
+        if was_looked_up:
+            self._stats.prefix_cache_queries += request.num_tokens
+            self._stats.prefix_cache_hits += request.num_cached_tokens
+
+    def _remove(self, request: Request) -> None:
+        """Forgets a request in whatever state. What it computed, its answer too, stays in the prefix cache."""
+        if request.status is RequestStatus.RUNNING:
+            self._kv_cache.commit(request.request_id, request.token_ids, request.num_computed_tokens)
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        if request.status is not RequestStatus.WAITING:
+            self._finished_ids.append(request.request_id)
+        self._kv_cache.remove(request.request_id)
+        del self._requests[request.request_id]
+
+
+def _new_request_data(request: Request, block_ids: list[int]) -> NewRequestData:
+    return NewRequestData(
+        request.request_id, request.prompt_token_ids, request.params, block_ids, request.num_computed_tokens
+    )

@@ -1,0 +1,87 @@
+"""The budget learns what a prompt token costs a decode step, and spends no more than it was allowed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llmserve.errors import ConfigError
+from llmserve.scheduler.latency_budget import LatencyBudget
+
+
+class Machine:
+    """A machine whose steps take decode_s + token_s * prompt tokens, give or take `noise`."""
+
+    def __init__(self, decode_s: float, token_s: float, noise: float = 0.0) -> None:
+        self.decode_s, self.token_s, self.noise = decode_s, token_s, noise
+        self._source = random.Random(1)
+
+    def step(self, budget: LatencyBudget, num_decoding: int, prompt_left: int) -> tuple[int, float]:
+        """(prompt tokens computed, seconds) of a step with a prompt of `prompt_left` tokens beside the decodes."""
+        running = num_decoding + (1 if prompt_left else 0)
+        chunk = min(budget.next_step(running) - num_decoding, prompt_left)
+        seconds = (self.decode_s + self.token_s * chunk) * (1 + self._source.uniform(-self.noise, self.noise))
+        budget.observe(num_decoding + chunk, chunk, num_decoding, seconds)
+        return chunk, seconds
+
+
+def test_with_nothing_decoding_a_prompt_gets_all() -> None:
+    assert LatencyBudget(2048, 2.0).next_step(1) == 2048
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("slowdown", [1.5, 2.0, 3.0])
+def test_a_long_prompt_stretches_steps_by_what_was_allowed(slowdown: float, noise: float) -> None:
+    machine = Machine(decode_s=0.020, token_s=0.0004, noise=noise)
+    budget = LatencyBudget(2048, slowdown)
+    budget.observe(500, 500, 8, 0.25)  # the prompts that now decode
+    for _ in range(30):
+        machine.step(budget, 8, 0)
+    times, left = [], 4000
+    while left:
+        chunk, seconds = machine.step(budget, 8, left)
+        assert chunk >= 1
+        left -= chunk
+        times.append(seconds)
+    settled = sorted(times[5:])
+    assert settled[len(settled) // 2] == pytest.approx(slowdown * 0.020, rel=0.35 if noise else 0.1)
+    assert settled[-1] <= slowdown * 0.020 * (1.9 if noise else 1.1)
+
+
+def test_the_share_of_prompts_holds_when_every_step_is_mixed_and_the_batch_grows() -> None:
+    machine = Machine(decode_s=0.020, token_s=0.0004)
+    budget = LatencyBudget(2048, 2.0)
+    budget.observe(500, 500, 8, 0.25)
+    for _ in range(30):
+        machine.step(budget, 8, 0)
+    machine.decode_s = 0.040  # four times the streams: no step is without a prompt any more
+    chunks = [machine.step(budget, 32, 10**6)[0] for _ in range(1500)]
+    budgeted = [chunk for chunk in chunks[1:] if chunk > 1]  # 1: the prompts left out, to measure decodes alone
+    assert min(budgeted) >= 32
+    assert budgeted[-1] == pytest.approx(0.040 / 0.0004, rel=0.25)
+
+
+def test_no_step_is_given_more_than_the_maximum_or_less_than_its_requests() -> None:
+    budget = LatencyBudget(64, 2.0)
+    budget.observe(8, 0, 8, 0.01)
+    budget.observe(72, 64, 8, 0.011)
+    assert budget.next_step(9) <= 64
+    assert budget.next_step(60) >= 60
+
+
+def test_one_slow_step_does_not_starve_a_prompt() -> None:
+    machine = Machine(decode_s=0.020, token_s=0.0004)
+    budget = LatencyBudget(2048, 2.0)
+    for _ in range(30):
+        machine.step(budget, 8, 0)
+    for _ in range(10):
+        machine.step(budget, 8, 10**6)
+    before = budget.next_step(9)
+    budget.observe(58, 50, 8, 5.0)
+    assert budget.next_step(9) >= before / 2
+
+
+def test_a_slowdown_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="itl_slowdown"):
+        LatencyBudget(64, 1.0)
