@@ -1,0 +1,78 @@
+"""The LLMs served now, by the names clients use, and how one is opened from its files. Fetches nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmserve.repository.sources import ModelSource
+from llmserve.tokenizer import Tokenizer
+
+from llmserve.backends.generation import SamplingDefaults
+from llmserve.backends.llm import LLM
+from llmserve.config import ModelConfigEntry, ServerConfig
+from llmserve.errors import ConfigError, ModelLoadError, ModelNotFoundError
+from llmserve.metrics import Metrics
+
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+class ServedModels:
+    """Finds a model by name. The first of an LLM's names is the one it calls itself."""
+
+    def __init__(self) -> None:
+        self.llms: list[LLM] = []
+        self._by_name: dict[str, LLM] = {}
+
+    def add(self, llm: LLM, names: Sequence[str]) -> None:
+        """Raises ConfigError if a name is taken."""
+        for name in names:
+            if name in self._by_name:
+                raise ConfigError(f"Two models are named {name!r}. Give each its own with --served-model-name.")
+            self._by_name[name] = llm
+        self.llms.append(llm)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    @property
+    def default(self) -> str | None:
+        """What a request without `model` means: the only LLM there is."""
+        return self.llms[0].name if len(self.llms) == 1 else None
+
+    def get(self, name: str) -> LLM:
+        """Raises ModelNotFoundError."""
+        if name not in self._by_name:
+            raise ModelNotFoundError(name, self.names)
+        return self._by_name[name]
+
+
+def open_llm(source: ModelSource, entry: ModelConfigEntry, server: ServerConfig, metrics: Metrics) -> LLM:
+    """Reads what the server process must know of a model: tokenizer and sampling defaults. Loads no weights."""
+    return LLM(
+        name=entry.served_names[0] if entry.served_names else source.name,
+        root=source.root,
+        config=dataclasses.replace(entry.engine, model=str(source.path)),
+        tokenizer=Tokenizer.from_path(source.path),
+        sampling_defaults=read_sampling_defaults(source.path),
+        metrics=metrics,
+        server=server,
+    )
+
+
+def read_sampling_defaults(path: Path) -> SamplingDefaults:
+    """What `generation_config.json` of a folder says about sampling; nothing for a .gguf file."""
+    file = path / "generation_config.json"
+    if path.is_file() or not file.exists():
+        return SamplingDefaults()
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{file} cannot be read as JSON: {error}") from error
+    if values.get("do_sample") is False:
+        values["temperature"] = 0.0  # transformers' way of saying greedy
+    return SamplingDefaults({key: values[key] for key in _SAMPLING_DEFAULTS if values.get(key) is not None})
