@@ -1,0 +1,209 @@
+"""A request in flight, as the server process sees it: one Sequence for each answer, gathered in a Generation.
+
+Turns the engine's token ids into whole characters, watches for stop strings, keeps the times. Owns no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Protocol, Self
+
+import msgspec
+from llmserve.tokenizer import Tokenizer
+
+from llmserve.backends.generation import GenerationDelta, GenerationSpec
+from llmserve.detokenizer import IncrementalDetokenizer
+from llmserve.errors import EngineDeadError, InvalidRequestError, LLMServeError
+from llmserve.messages import FinishReason, SamplingParams, SequenceOutput
+from llmserve.metrics import ModelMetrics
+from llmserve.stop_strings import StopStringMatcher
+
+
+class Owner(Protocol):
+    """The model a generation belongs to."""
+
+    tokenizer: Tokenizer
+    metrics: ModelMetrics
+
+    def finish(self, sequences: list[Sequence], abort: bool) -> None: ...
+
+
+@dataclasses.dataclass(slots=True)
+class Timing:
+    """Seconds of time.monotonic(); 0 is not yet."""
+
+    arrival_s: float
+    first_scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
+class Sequence:
+    """One of the `n` answers to a prompt."""
+
+    def __init__(self, generation: LLMGeneration, index: int, params: SamplingParams, arrival_s: float) -> None:
+        spec, tokenizer = generation.spec, generation.owner.tokenizer
+        self.generation = generation
+        self.index = index
+        self.id = generation.request_id if spec.n == 1 else f"{generation.request_id}-{index}"
+        self.params = params
+        self.timing = Timing(arrival_s)
+        self.finished = False
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self._detokenizer: IncrementalDetokenizer = tokenizer.detokenizer(
+            skip_special_tokens=spec.skip_special_tokens, prompt_token_ids=spec.prompt_token_ids
+        )
+        self._stop = StopStringMatcher(spec.stop, spec.include_stop_str_in_output) if spec.stop else None
+        self._metrics = generation.owner.metrics
+
+    def receive(self, output: SequenceOutput, now: float) -> None:
+        """Takes in what a step brought; hands the news to the generation."""
+        if output.error is not None:
+            self.generation.fail(_error_of(output.error))
+            return
+        self._observe(output, now)
+        reason, stop_reason = output.finish_reason, None
+        shown = output.token_ids
+        if output.stop_token_id is not None:
+            # as vLLM does: the token that ends a sequence is no part of its text, unless asked for
+            if not self.generation.spec.include_stop_str_in_output:
+                shown = shown[:-1]
+            if output.stop_token_id not in self.generation.owner.tokenizer.eos_token_ids:
+                stop_reason = output.stop_token_id
+        text = self._detokenizer.push(shown)
+        if reason is not None:
+            text += self._detokenizer.flush()
+        matched = None
+        if self._stop is not None:
+            text, matched = self._match_stop(text, reason is not None)
+        delta = GenerationDelta(
+            index=self.index,
+            text=text,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=FinishReason.STOP if matched is not None else reason,
+            stop_reason=matched if matched is not None else stop_reason,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+        if delta.finish_reason is not None:
+            self.finish(delta.finish_reason, now, abort=reason is None)
+        self.generation.push(delta)
+
+    def finish(self, reason: FinishReason, now: float, abort: bool) -> None:
+        """Ends the sequence, once; `abort` if the engine does not know yet."""
+        if self.finished:
+            return
+        self.finished = True
+        self.generation.owner.finish([self], abort)
+        timing, started = self.timing, self.num_tokens > 0
+        self._metrics.observe_request_finished(
+            reason=reason,
+            prompt_tokens=len(self.generation.spec.prompt_token_ids),
+            generation_tokens=self.num_tokens,
+            cached_tokens=self.num_cached_tokens,
+            e2e_s=now - timing.arrival_s,
+            queue_s=timing.first_scheduled_s - timing.arrival_s if started else None,
+            prefill_s=timing.first_token_s - timing.first_scheduled_s if started else None,
+            decode_s=timing.last_token_s - timing.first_token_s if started else None,
+            num_preemptions=self.num_preemptions,
+        )
+
+    def _match_stop(self, text: str, last: bool) -> tuple[str, str | None]:
+        assert self._stop is not None
+        if self.num_tokens < self.params.min_tokens:
+            return text, None
+        text, matched = self._stop.push(text)
+        if last and matched is None:
+            text += self._stop.flush()
+        return text, matched
+
+    def _observe(self, output: SequenceOutput, now: float) -> None:
+        timing = self.timing
+        if not output.token_ids:
+            return
+        if not timing.first_token_s:
+            timing.first_token_s = now
+            timing.first_scheduled_s = output.first_scheduled_s
+            self.num_cached_tokens = output.num_cached_tokens
+            self._metrics.observe_first_token(now - timing.arrival_s)
+        else:
+            self._metrics.observe_inter_token(now - timing.last_token_s, len(output.token_ids))
+        timing.last_token_s = now
+        self.num_tokens += len(output.token_ids)
+        self.num_preemptions = output.num_preemptions
+
+
+class LLMGeneration:
+    """Implements `Generation`: deltas are collected as they come and handed over all at once."""
+
+    def __init__(self, request_id: str, spec: GenerationSpec, owner: Owner, arrival_s: float) -> None:
+        self.request_id = request_id
+        self.spec = spec
+        self.owner = owner
+        self.sequences = [Sequence(self, index, _params_of(spec.sampling, index), arrival_s) for index in range(spec.n)]
+        self._num_running = spec.n
+        self._ready: list[GenerationDelta] = []
+        self._wakeup: asyncio.Future[None] | None = None
+        self._error: LLMServeError | None = None
+
+    def push(self, delta: GenerationDelta) -> None:
+        """News of a sequence; wakes whoever waits for it."""
+        self._ready.append(delta)
+        if delta.finish_reason is not None:
+            self._num_running -= 1
+        self._wake()
+
+    def fail(self, error: LLMServeError) -> None:
+        """The whole request cannot go on; what was ready is still delivered first."""
+        self._error = error
+        self._end(FinishReason.ERROR)
+        self._wake()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._end(FinishReason.ABORT)
+
+    async def __aiter__(self) -> AsyncIterator[list[GenerationDelta]]:
+        while True:
+            if self._ready:
+                ready, self._ready = self._ready, []
+                yield ready
+            elif self._error is not None:
+                raise self._error
+            elif not self._num_running:
+                return
+            else:
+                self._wakeup = asyncio.get_running_loop().create_future()
+                await self._wakeup
+
+    def _end(self, reason: FinishReason) -> None:
+        now = time.monotonic()
+        for sequence in self.sequences:
+            sequence.finish(reason, now, abort=True)
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+
+def _params_of(params: SamplingParams, index: int) -> SamplingParams:
+    """Sequence 0 keeps the request's seed; the others' follow from it (an odd stride visits all 2^63 seeds)."""
+    if index == 0:
+        return params
+    return msgspec.structs.replace(params, seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def _error_of(error: tuple[str, str]) -> LLMServeError:
+    code, message = error
+    return InvalidRequestError(message) if code == InvalidRequestError.code else EngineDeadError(message)

@@ -1,0 +1,68 @@
+"""The token loop of one LLM: schedule, execute, update. Does no I/O; owns no socket, no thread and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from llmserve.messages import EngineRequest, EngineStats, StepOutputs
+from llmserve.scheduler.budget import TokenBudget
+from llmserve.scheduler.output import SchedulerOutput
+from llmserve.scheduler.scheduler import Scheduler
+from llmserve.worker.output import ModelRunnerOutput
+
+
+class Runner(Protocol):
+    """Whatever computes a step: the model runner of a device, or a null model in benchmarks."""
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput: ...
+
+
+class EngineCore:
+    """Drives a scheduler and a runner. Tests and offline use call `step()` in-process."""
+
+    def __init__(self, scheduler: Scheduler, budget: TokenBudget, runner: Runner, clock: Callable[[], float]) -> None:
+        """`budget` is the scheduler's own: it is told here how long its steps took."""
+        self.num_steps = 0
+        self._scheduler = scheduler
+        self._budget = budget
+        self._runner = runner
+        self._clock = clock
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Raises InvalidRequestError if it could never run here."""
+        self._scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drops requests, wherever they stand; their blocks are free at once. Unknown ids are ignored."""
+        self._scheduler.abort(request_ids)
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work()
+
+    def stats(self) -> EngineStats:
+        """The gauges as they are now, and nothing done."""
+        stats = self._scheduler.stats()
+        return EngineStats(stats.num_running, stats.num_waiting, stats.num_free_blocks, stats.num_blocks)
+
+    def step(self) -> StepOutputs:
+        """One turn of the loop; the tokens of every request that got one."""
+        started_s = self._clock()
+        scheduled = self._scheduler.schedule(started_s)
+        computed = self._runner.execute(scheduled)
+        return self._update(scheduled, computed, started_s)
+
+    def _update(self, scheduled: SchedulerOutput, computed: ModelRunnerOutput, started_s: float) -> StepOutputs:
+        outputs = self._scheduler.update(scheduled, computed.sampled)
+        if computed.logprobs or computed.prompt_logprobs:
+            for output in outputs:
+                if (logprobs := computed.logprobs.get(output.request_id)) is not None:
+                    output.logprobs = logprobs[: len(output.token_ids)]
+                output.prompt_logprobs = computed.prompt_logprobs.get(output.request_id)
+        stats = self._scheduler.stats()
+        num_decoding = sum(output.finish_reason is None for output in outputs)
+        ended_s = self._clock()
+        self._budget.observe(stats.num_step_tokens, stats.num_prompt_tokens, num_decoding, ended_s - started_s)
+        self.num_steps += 1
+        return StepOutputs(step=self.num_steps, time_s=ended_s, outputs=outputs, stats=stats)

@@ -1,0 +1,19 @@
+"""What an engine process is told at start. Both sides import this; it imports nothing heavy."""
+
+from __future__ import annotations
+
+import msgspec
+
+from llmserve.config import EngineConfig
+
+HEARTBEAT_S = 1.0  # an idle engine says this often that it is alive
+FAILED_STATUS = 1  # exit status of an engine that has said why: its last message is an EngineFailed
+
+
+class EngineLaunch(msgspec.Struct):
+    """JSON on the engine's standard input. The addresses are ZMQ endpoints the server has bound."""
+
+    config: EngineConfig
+    in_address: str
+    out_address: str
+    log_level: str = "info"

@@ -1,0 +1,168 @@
+"""The engine's process: a loop between two sockets and an EngineCore. Knows no HTTP, no text, no tokenizer.
+
+Started as `python -m llmserve.engine.process`, with an EngineLaunch as JSON on standard input. One message a step goes
+out. While there is nothing to do it waits on its socket; the heartbeat comes from the loop's own thread, so a hung
+loop sends none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from llmserve.config import EngineConfig
+from llmserve.engine.core import EngineCore
+from llmserve.engine.launch import FAILED_STATUS, HEARTBEAT_S, EngineLaunch
+from llmserve.errors import LLMServeError
+from llmserve.kv_cache.manager import KVCacheManager
+from llmserve.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    FinishReason,
+    FromEngine,
+    Heartbeat,
+    LoadProgress,
+    SequenceOutput,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+)
+from llmserve.scheduler.latency_budget import make_budget
+from llmserve.scheduler.policy import make_policy
+from llmserve.scheduler.scheduler import Scheduler
+from llmserve.worker.loader import prepare_model
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 0.05
+Send = Callable[[FromEngine], None]
+
+
+class EngineLoop:
+    """Feeds requests to a core and sends what it answers, until told to stop and, if draining, nothing is left."""
+
+    def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], send: Send) -> None:
+        self._core = core
+        self._inbox = inbox
+        self._send = send
+        self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        self._stopping: Shutdown | None = None
+        self._parent = os.getppid()
+
+    def run(self) -> None:
+        """Returns after a Shutdown has been carried out, or when the server process is gone."""
+        while self._stopping is None or (self._stopping.drain and self._core.has_work()):
+            self._receive()
+            if self._core.has_work():
+                self._send(self._core.step())
+            if os.getppid() != self._parent:
+                self.stop(drain=False)  # nobody is left to read the answers
+
+    def stop(self, drain: bool) -> None:
+        """As if a Shutdown message had come."""
+        self._stopping = Shutdown(drain)
+
+    def _receive(self) -> None:
+        """Takes every message that is there; waits, one heartbeat long, only while there is no work."""
+        if not self._core.has_work() and not self._inbox.poll(int(HEARTBEAT_S * 1000)):
+            self._send_heartbeat()
+            return
+        while self._inbox.poll(0):
+            self._handle(self._decoder.decode(self._inbox.recv()))
+
+    def _send_heartbeat(self) -> None:
+        self._send(Heartbeat(self._core.num_steps, time.monotonic(), self._core.stats()))
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case EngineRequest():
+                self._add(message)
+            case AbortRequests():
+                self._core.abort(message.request_ids)
+                if not self._core.has_work():
+                    self._send_heartbeat()  # no step will say that the blocks are free
+            case Shutdown():
+                self._stopping = message
+
+    def _add(self, request: EngineRequest) -> None:
+        try:
+            self._core.add(request)
+        except LLMServeError as error:
+            refused = SequenceOutput(request.request_id, [], FinishReason.ERROR, error=(error.code, error.message))
+            self._send(StepOutputs(self._core.num_steps, time.monotonic(), [refused], self._core.stats()))
+
+
+def build_core(config: EngineConfig, send: Send) -> tuple[EngineCore, EngineReady]:
+    """Plans, says the plan, loads. Raises an LLMServeError that says what is wrong with the model or the machine."""
+    started = time.monotonic()
+    prepared = prepare_model(config)
+    plan = prepared.plan
+    send(plan)
+    last_sent = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last_sent
+        now = time.monotonic()
+        if done >= total or now - last_sent > _PROGRESS_S:
+            last_sent = now
+            send(LoadProgress("loading weights", done, total))
+
+    runner = prepared.load(progress)
+    budget = make_budget(plan.max_num_batched_tokens, config.itl_slowdown)
+    scheduler = Scheduler(
+        KVCacheManager(plan.num_blocks, plan.block_size, config.enable_prefix_caching),
+        policy=make_policy(config.scheduling_policy),
+        budget=budget,
+        max_num_seqs=plan.max_num_seqs,
+        max_model_len=plan.max_model_len,
+    )
+    core = EngineCore(scheduler, budget, runner, time.monotonic)
+    return core, EngineReady(plan, time.monotonic() - started)
+
+
+def main() -> int:
+    """Exit status 0 after a Shutdown, FAILED_STATUS after an EngineFailed."""
+    launch = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineLaunch)
+    logging.basicConfig(level=launch.log_level.upper(), format="%(asctime)s %(levelname)s [engine] %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server says when to stop
+    context = zmq.Context()
+    inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)
+    outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+    for socket in (inbox, outbox):
+        socket.set_hwm(0)  # what is queued is bounded by the requests admitted
+    inbox.connect(launch.in_address)
+    outbox.connect(launch.out_address)
+    encoder = msgspec.msgpack.Encoder()
+
+    def send(message: FromEngine) -> None:
+        outbox.send(encoder.encode(message))
+
+    try:
+        core, ready = build_core(launch.config, send)
+        loop = EngineLoop(core, inbox, send)
+        signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain=True))
+        send(ready)
+        loop.run()
+    except LLMServeError as error:
+        send(EngineFailed(error.code, error.message))
+        return FAILED_STATUS
+    except Exception as error:
+        logger.exception("the engine failed")
+        send(EngineFailed("engine_dead", f"{type(error).__name__}: {error}"))
+        return FAILED_STATUS
+    finally:
+        context.destroy(linger=2000)  # the last words are read, if anyone is left to read them
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The device's view of every request it holds: one row each, kept from step to step. Schedules nothing.
+
+A step's inputs are gathered from the rows by a handful of vectorised reads: no loop over requests or tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llmserve.messages import SamplingParams
+from llmserve.scheduler.output import SchedulerOutput
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """Host arrays of one ragged batch: s sequences, t tokens. Sequence i owns rows query_start[i]:query_start[i+1]."""
+
+    request_ids: list[str]
+    rows: IntArray  # [s]: row of each sequence in the batch
+    query_start: IntArray  # [s + 1]
+    seq_lens: IntArray  # [s]: context with this step's tokens
+    token_ids: IntArray  # [t]
+    positions: IntArray  # [t]
+    slot_mapping: IntArray  # [t]
+    samples: npt.NDArray[np.bool_]  # [s]: the sequence draws a token in this step
+
+
+class InputBatch:
+    """Rows of `max_num_seqs` running requests; preempted ones keep their tokens outside until they resume."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        max_blocks = -(-max_model_len // block_size)
+        # calloc'ed: pages of rows and contexts never used cost no memory
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
+        self.block_table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)
+        self.temperature = np.zeros(max_num_seqs, dtype=np.float32)
+        self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self.top_p = np.ones(max_num_seqs, dtype=np.float32)
+        self.min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
+        self.row_of: dict[str, int] = {}
+        self.params: dict[str, SamplingParams] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._parked: dict[str, tuple[npt.NDArray[np.int32], int]] = {}  # preempted: tokens, number of prompt tokens
+
+    def apply(self, output: SchedulerOutput) -> None:
+        """Brings the rows up to what the scheduler decided."""
+        for request_id in output.finished_ids:
+            self._forget(request_id)
+        for request_id in output.preempted_ids:
+            self._park(request_id)
+        for new in output.new_requests:
+            self.params[new.request_id] = new.params
+            tokens = np.asarray(new.prompt_token_ids, dtype=np.int32)
+            self._enter(new.request_id, tokens, len(tokens), new.block_ids, new.num_computed_tokens)
+        for request_id, resumed in output.resumed_requests.items():
+            tokens, num_prompt = self._parked.pop(request_id)
+            self._enter(request_id, tokens, num_prompt, resumed.block_ids, resumed.num_computed_tokens)
+        for request_id, block_ids in output.new_block_ids.items():
+            row = self.row_of[request_id]
+            held = self.num_blocks[row]
+            self.block_table[row, held : held + len(block_ids)] = block_ids
+            self.num_blocks[row] = held + len(block_ids)
+
+    def gather(self, output: SchedulerOutput) -> StepInputs:
+        """The inputs of the step, in the scheduler's batch order."""
+        request_ids = list(output.num_scheduled_tokens)
+        counts = np.fromiter(output.num_scheduled_tokens.values(), dtype=np.int64, count=len(request_ids))
+        rows = np.fromiter(map(self.row_of.__getitem__, request_ids), dtype=np.int64, count=len(request_ids))
+        query_start = np.zeros(len(request_ids) + 1, dtype=np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        computed = self.num_computed[rows]
+        seq_lens = computed + counts
+        token_rows = np.repeat(rows, counts)
+        positions = np.arange(query_start[-1]) + np.repeat(computed - query_start[:-1], counts)
+        blocks = self.block_table[token_rows, positions // self.block_size].astype(np.int64)
+        return StepInputs(
+            request_ids=request_ids,
+            rows=rows,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            token_ids=self.token_ids[token_rows, positions].astype(np.int64),
+            positions=positions,
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            samples=seq_lens == self.num_tokens[rows],
+        )
+
+    def advance(self, inputs: StepInputs, sampled: IntArray) -> None:
+        """Records the step: what was computed, and the tokens drawn [number of sampling sequences]."""
+        self.num_computed[inputs.rows] = inputs.seq_lens
+        rows = inputs.rows[inputs.samples]
+        self.token_ids[rows, self.num_tokens[rows]] = sampled
+        self.num_tokens[rows] += 1
+
+    def output_token_ids(self, row: int) -> npt.NDArray[np.int32]:
+        """The tokens generated so far in a row."""
+        return self.token_ids[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
+
+    def prompt_token_ids(self, row: int) -> npt.NDArray[np.int32]:
+        """The prompt of a row."""
+        return self.token_ids[row, : self.num_prompt_tokens[row]]
+
+    def _enter(
+        self, request_id: str, tokens: npt.NDArray[np.int32], num_prompt: int, block_ids: list[int], num_computed: int
+    ) -> None:
+        row = self._free_rows.pop()
+        self.row_of[request_id] = row
+        self.token_ids[row, : len(tokens)] = tokens
+        self.num_tokens[row] = len(tokens)
+        self.num_prompt_tokens[row] = num_prompt
+        self.num_computed[row] = num_computed
+        self.block_table[row, : len(block_ids)] = block_ids
+        self.num_blocks[row] = len(block_ids)
+        params = self.params[request_id]
+        self.temperature[row] = params.temperature
+        self.top_k[row] = params.top_k
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.seeds[row] = params.seed
+
+    def _park(self, request_id: str) -> None:
+        row = self.row_of.pop(request_id)
+        self._parked[request_id] = (
+            self.token_ids[row, : self.num_tokens[row]].copy(),
+            int(self.num_prompt_tokens[row]),
+        )
+        self._free_rows.append(row)
+
+    def _forget(self, request_id: str) -> None:
+        if self.params.pop(request_id, None) is None:
+            return  # it left the queue before it ever ran
+        if self._parked.pop(request_id, None) is None:
+            self._free_rows.append(self.row_of.pop(request_id))

@@ -1,0 +1,100 @@
+"""From an EngineConfig to a loaded ModelRunner: chooses device, dtype and ops, plans memory, loads weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from llmserve.kernels.select import select_ops
+from llmserve.models.config import ModelConfig, read_model_config
+from llmserve.models.loader import load_model
+from llmserve.models.parameters import weight_bytes
+
+from llmserve.config import EngineConfig
+from llmserve.errors import ConfigError
+from llmserve.kernels.ops import Ops
+from llmserve.messages import MemoryPlan
+from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory
+from llmserve.worker.model_runner import ModelRunner
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """Everything decided, nothing loaded: `plan` can be shown, `load` can no longer run out of memory."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    plan: MemoryPlan
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner:
+        """Reads the weights and allocates the KV cache. `progress` gets bytes done and bytes in all."""
+        model = load_model(
+            Path(self.config.model),
+            self.model_config,
+            self.dtype,
+            self.device,
+            self.ops,
+            weight_format=self.plan.weight_format,
+            max_model_len=self.plan.max_model_len,
+            progress=progress,
+        )
+        return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
+
+
+def prepare_model(config: EngineConfig) -> PreparedModel:
+    """Reads the model's description and plans. Raises ConfigError, ModelLoadError, InsufficientMemoryError."""
+    device = _choose_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or num_usable_cores())
+    path = Path(config.model)
+    model_config = read_model_config(path)
+    dtype = _choose_dtype(config.dtype, model_config.dtype, device)
+    ops = select_ops(device, dtype, model_config.head_dim, config.num_threads)
+    weight_format = config.quantization or "dense"
+    weights = WeightPlan(weight_format, weight_bytes(model_config, dtype.itemsize))
+    plan = plan_memory(config, model_config, weights, dtype, device, ops, available_bytes(device))
+    return PreparedModel(config, model_config, device, dtype, ops, plan)
+
+
+def num_usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is 'cuda', but torch finds no CUDA device. Use cpu, or install a CUDA build of torch."
+        )
+    return torch.device(name)
+
+
+def _choose_dtype(name: str, model_dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own type, where the device computes in it; a CPU without bf16 computes in fp32."""
+    if name != "auto":
+        return _DTYPES[name]
+    dtype = _DTYPES.get(model_dtype, torch.float32)
+    if device.type == "cpu" and dtype != torch.float32:
+        return torch.bfloat16 if _cpu_computes_bf16() else torch.float32
+    return dtype
+
+
+def _cpu_computes_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported()) if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False

@@ -1,0 +1,140 @@
+"""Works out what a model will occupy on its device before anything is loaded, so that it never runs out after."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from llmserve.models.config import ModelConfig
+
+from llmserve.config import EngineConfig, format_bytes
+from llmserve.errors import ConfigError, InsufficientMemoryError
+from llmserve.kernels.ops import KVCacheSpec, Ops
+from llmserve.messages import MemoryPlan
+
+_CACHE_SHARE = {"cpu": 0.4, "cuda": 0.9}  # of what is free after weights and activations
+_CACHE_LIMIT = {"cpu": 4 * 2**30, "cuda": 2**62}  # a CPU's memory is other programs' too: more only if asked for
+_DEFAULT_SEQS = {"cpu": 64, "cuda": 256}
+_DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}
+_LOGITS_COPIES = 4  # raw, processed, and what sampling makes of them
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What the weights will take in the chosen format."""
+
+    format: str
+    num_bytes: int
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that may still be allocated on a device: on a CPU, what the kernel and the container's limits leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_meminfo_available(), _cgroup_available())
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no /proc (macOS): half of what is built in
+
+
+def _cgroup_available() -> int:
+    """cgroup v2's memory.max less memory.current; unlimited where there is none."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**62
+    return 2**62 if limit == "max" else int(limit) - used
+
+
+def plan_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    weights: WeightPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    free_bytes: int,
+) -> MemoryPlan:
+    """Resolves every limit that was left open. Raises InsufficientMemoryError if the model cannot run."""
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is beyond the {model.max_position_embeddings} positions of the model."
+        )
+    max_num_seqs = config.max_num_seqs or _DEFAULT_SEQS[device.type]
+    budget = config.max_num_batched_tokens or max(_DEFAULT_BUDGET[device.type], max_num_seqs)
+    activations = _activation_bytes(model, budget, max_num_seqs, dtype)
+    spec = KVCacheSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
+    block_bytes = ops.kv_cache_bytes_per_block(spec) * model.num_layers
+    left = free_bytes - weights.num_bytes - activations
+    num_blocks = _num_blocks(
+        config, max_num_seqs * -(-max_model_len // config.block_size), block_bytes, left, device.type
+    )
+    fitting = num_blocks * config.block_size
+    if max_model_len > fitting:
+        if config.max_model_len is not None or fitting < config.block_size:
+            raise _too_small(config, weights, activations, max_model_len, block_bytes, left, free_bytes)
+        max_model_len = fitting
+    return MemoryPlan(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        weight_format=weights.format,
+        weight_bytes=weights.num_bytes,
+        activation_bytes=activations,
+        kv_cache_bytes=num_blocks * block_bytes,
+        available_bytes=free_bytes,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        num_tokens=fitting,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+    )
+
+
+def _num_blocks(config: EngineConfig, most_useful: int, block_bytes: int, left: int, device_type: str) -> int:
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory > left:
+            raise InsufficientMemoryError(
+                f"kv_cache_memory asks for {format_bytes(config.kv_cache_memory)}, but only "
+                f"{format_bytes(max(left, 0))} are free beside weights and activations. Ask for less, or leave it out."
+            )
+        return config.kv_cache_memory // block_bytes
+    most_bytes = min(int(left * _CACHE_SHARE[device_type]), _CACHE_LIMIT[device_type])
+    return max(min(most_bytes // block_bytes, most_useful), 0)
+
+
+def _activation_bytes(model: ModelConfig, budget: int, max_num_seqs: int, dtype: torch.dtype) -> int:
+    """The widest moment of a layer for a full step, and the logits of a full batch with what sampling makes of them."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    width = 4 * model.hidden_size + 2 * heads + 3 * model.intermediate_size
+    logits = _LOGITS_COPIES * max_num_seqs * model.vocab_size * 4
+    return budget * width * dtype.itemsize + logits
+
+
+def _too_small(
+    config: EngineConfig,
+    weights: WeightPlan,
+    activations: int,
+    max_model_len: int,
+    block_bytes: int,
+    left: int,
+    free: int,
+) -> InsufficientMemoryError:
+    needed = -(-max_model_len // config.block_size) * block_bytes
+    return InsufficientMemoryError(
+        f"The model does not fit: weights {format_bytes(weights.num_bytes)}, activations {format_bytes(activations)}, "
+        f"and a KV cache of {format_bytes(needed)} for one sequence of {max_model_len} tokens, but "
+        f"{format_bytes(free)} are free ({format_bytes(max(left, 0))} for the cache). Lower max_model_len or "
+        "max_num_batched_tokens, raise kv_cache_memory, choose a smaller format with quantization, or free memory."
+    )
