@@ -1,0 +1,116 @@
+"""The ASGI application: which route is answered by what. Knows no engine; `cli.py` hands it the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from llmserve import __version__
+from llmserve.api import chat, completions, docs_page, status, tokens
+from llmserve.api.context import ApiContext
+from llmserve.api.directory import ModelDirectory
+from llmserve.api.errors import install_error_handlers
+from llmserve.api.http_metrics import HttpMetricsMiddleware
+from llmserve.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
+from llmserve.api.settings import ApiSettings
+from llmserve.metrics import Metrics
+
+
+def create_app(models: ModelDirectory, settings: ApiSettings, metrics: Metrics) -> FastAPI:
+    """The application over the models served now; `models` may change under it."""
+    app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
+    context = ApiContext(models=models, settings=settings, metrics=metrics)
+    install_error_handlers(app)
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)
+    _add_model_routes(app, context)
+    _add_status_routes(app, context)
+    return app
+
+
+def _add_model_routes(app: FastAPI, context: ApiContext) -> None:
+    """Routes that take a body. It is read by hand: FastAPI's own reading has no size limit and lenient JSON."""
+
+    @app.post("/v1/chat/completions", openapi_extra=_body("/v1/chat/completions", ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answers a conversation. With `stream`, as Server-Sent Events."""
+        return await chat.chat_completions(request, context)
+
+    @app.post("/v1/completions", openapi_extra=_body("/v1/completions", CompletionRequest))
+    async def create_completion(request: Request) -> Response:
+        """Continues one or several prompts. With `stream`, as Server-Sent Events."""
+        return await completions.completions(request, context)
+
+    @app.post("/tokenize", openapi_extra=_body("/tokenize", TokenizeTextRequest, TokenizeChatRequest))
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a text or a conversation."""
+        return await tokens.tokenize(request, context)
+
+    @app.post("/detokenize", openapi_extra=_body("/detokenize", DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        return await tokens.detokenize(request, context)
+
+
+def _add_status_routes(app: FastAPI, context: ApiContext) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        """The models served."""
+        return status.list_models(context)
+
+    @app.get("/v1/models/{model_id:path}")
+    async def show_model(model_id: str) -> Response:
+        """One model."""
+        return status.show_model(model_id, context)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 if every engine is alive and makes progress, else 503."""
+        return status.health(context)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 if every model takes requests, else 503."""
+        return status.ready(context)
+
+    @app.get("/metrics")
+    async def render_metrics() -> Response:
+        """Prometheus metrics."""
+        return status.render_metrics(context)
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The server's version."""
+        return status.version()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page.PAGE)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return status.index(sorted({*app.openapi()["paths"], "/docs", "/openapi.json"}), context)
+
+
+def _body(path: str, *models: type[BaseModel]) -> dict[str, Any]:
+    """An operation's `requestBody`. Nested models are defined inside it and referred to from the document's root."""
+    place = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
+    if len(models) == 1:
+        schema = models[0].model_json_schema(ref_template=place + "/$defs/{model}")
+    else:
+        schema = {
+            "oneOf": [
+                model.model_json_schema(ref_template=f"{place}/oneOf/{position}/$defs/{{model}}")
+                for position, model in enumerate(models)
+            ]
+        }
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,66 @@
+"""What the server says of itself: its models, whether it lives and is ready, its metrics and version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from llmserve import __version__
+from llmserve.api.context import ApiContext, json_response
+from llmserve.backends.generation import TextGenerator
+
+
+def list_models(context: ApiContext) -> Response:
+    """GET /v1/models."""
+    models = [_model_card(name, context.models.get(name)) for name in context.models.names]
+    return json_response({"object": "list", "data": models})
+
+
+def show_model(model_id: str, context: ApiContext) -> Response:
+    """GET /v1/models/{id}. Raises ModelNotFoundError."""
+    return json_response(_model_card(model_id, context.models.get(model_id)))
+
+
+def _model_card(name: str, generator: TextGenerator) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": generator.created,
+        "owned_by": "llmserve",
+        "root": generator.root,
+        "parent": None,
+        "max_model_len": generator.max_model_len,
+        "permission": [],
+    }
+
+
+def health(context: ApiContext) -> Response:
+    """GET /health: 503 if an engine is dead, or has work and its steps do not advance. Restarting would help then."""
+    live = {name: context.models.get(name).is_live() for name in context.models.names}
+    ok = all(live.values())
+    return json_response({"status": "ok" if ok else "unhealthy", "live": live}, 200 if ok else 503)
+
+
+def ready(context: ApiContext) -> Response:
+    """GET /ready: 503 while a model does not take requests. Waiting, or sending them elsewhere, would help then."""
+    is_ready = {name: context.models.get(name).is_ready() for name in context.models.names}
+    ok = bool(is_ready) and all(is_ready.values())
+    return json_response({"status": "ready" if ok else "not ready", "ready": is_ready}, 200 if ok else 503)
+
+
+def render_metrics(context: ApiContext) -> Response:
+    """GET /metrics."""
+    return Response(context.metrics.render(), headers={"Content-Type": context.metrics.content_type})
+
+
+def version() -> Response:
+    """GET /version."""
+    return json_response({"version": __version__})
+
+
+def index(routes: list[str], context: ApiContext) -> Response:
+    """GET /: what there is."""
+    return json_response(
+        {"server": "llmserve", "version": __version__, "models": list(context.models.names), "routes": routes}
+    )

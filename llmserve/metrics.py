@@ -1,0 +1,343 @@
+"""Prometheus metrics of the server process: plain counters written on the token path, read at scrape time.
+
+Knows no HTTP and no engine. The series carry vLLM's names, so that its dashboards and the gateways that route by them
+work unchanged: each is exposed as `llmserve:<name>` and, unless switched off, as `vllm:<name>`, from the same numbers.
+A prometheus_client metric takes a lock and a label lookup at every touch; an observation here is a bisect and two
+additions, and everything else is paid by the scrape. All methods are for the event loop's thread alone.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llmserve.messages import EngineStats, FinishReason
+
+# vLLM's bounds in seconds, so that recorded quantiles stay comparable; three finer ones begin the inter-token ones.
+# fmt: off
+_LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
+)
+_INTER_TOKEN_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80
+)
+# fmt: on
+_ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_PARAMS_N = (1, 2, 5, 10, 20)
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+_HTTP_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
+
+
+def one_two_five(largest: int) -> tuple[int, ...]:
+    """Bounds 1, 2, 5, 10, 20, ... up to and including the last one that is no larger than `largest`."""
+    bounds: list[int] = []
+    power = 1
+    while True:
+        for mantissa in (1, 2, 5):
+            if mantissa * power > largest:
+                return tuple(bounds) or (1,)
+            bounds.append(mantissa * power)
+        power *= 10
+
+
+class Histogram:
+    """Counts per bucket (not cumulative; the last is beyond every bound) and the sum of what was observed."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Adds `value` `count` times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound as Prometheus writes it, number of observations up to it), `+Inf` last."""
+        running = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += count
+            buckets.append(("+Inf" if math.isinf(bound) else str(float(bound)), running))
+        return buckets
+
+
+class ModelMetrics:
+    """What happened to the requests of one served LLM. `max_model_len` bounds the buckets that count tokens."""
+
+    def __init__(self, model_name: str, max_model_len: int = 131072) -> None:
+        self.model_name = model_name
+        tokens = one_two_five(max_model_len)
+        self.num_requests_running = 0
+        self.num_requests_waiting = 0
+        self.kv_cache_usage = 0.0  # share of blocks, 0 to 1
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.prompt_tokens_cached = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+        self.num_preemptions = 0
+        self.client_disconnects = 0
+        self.finished = dict.fromkeys(FinishReason, 0)
+        self.cache_config: dict[str, str] = {}
+
+        self.iteration_tokens = Histogram(_ITERATION_TOKENS)
+        self.time_to_first_token_s = Histogram(_TTFT_S)
+        self.inter_token_latency_s = Histogram(_INTER_TOKEN_S)
+        self.time_per_output_token_s = Histogram(_INTER_TOKEN_S)
+        self.e2e_s = Histogram(_LATENCY_S)
+        self.queue_s = Histogram(_LATENCY_S)
+        self.inference_s = Histogram(_LATENCY_S)
+        self.prefill_s = Histogram(_LATENCY_S)
+        self.decode_s = Histogram(_LATENCY_S)
+        self.request_prompt_tokens = Histogram(tokens)
+        self.request_generation_tokens = Histogram(tokens)
+        self.request_prefill_kv_computed_tokens = Histogram(tokens)
+        self.request_max_num_generation_tokens = Histogram(tokens)
+        self.request_params_max_tokens = Histogram(tokens)
+        self.request_params_n = Histogram(_PARAMS_N)
+        self.request_num_preemptions = Histogram(_PREEMPTIONS)
+
+    # The token path.
+
+    def observe_step(self, stats: EngineStats) -> None:
+        """Takes over the engine's gauges and adds what the step did."""
+        self.num_requests_running = stats.num_running
+        self.num_requests_waiting = stats.num_waiting
+        self.kv_cache_usage = 1.0 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        if stats.num_step_tokens:
+            self.iteration_tokens.observe(stats.num_step_tokens)
+        self.num_preemptions += stats.num_preemptions
+        self.prefix_cache_queries += stats.prefix_cache_queries
+        self.prefix_cache_hits += stats.prefix_cache_hits
+
+    def observe_first_token(self, ttft_s: float) -> None:
+        """The first token of a sequence arrived `ttft_s` seconds after its request. Counts the token too."""
+        self.generation_tokens += 1
+        self.time_to_first_token_s.observe(ttft_s)
+
+    def observe_inter_token(self, itl_s: float, count: int = 1) -> None:
+        """`count` further tokens of a sequence, `itl_s` seconds apart each. Counts the tokens too."""
+        self.generation_tokens += count
+        self.inter_token_latency_s.observe(itl_s, count)
+
+    # Once a request.
+
+    def observe_request_started(self, prompt_tokens: int, n: int, max_tokens: int) -> None:
+        """A request was accepted by the engine."""
+        self.prompt_tokens += prompt_tokens
+        self.request_params_n.observe(n)
+        self.request_params_max_tokens.observe(max_tokens)
+
+    def observe_request_finished(
+        self,
+        reason: FinishReason,
+        *,
+        prompt_tokens: int,
+        generation_tokens: int,
+        cached_tokens: int,
+        e2e_s: float,
+        queue_s: float | None = None,
+        prefill_s: float | None = None,
+        decode_s: float | None = None,
+        num_preemptions: int = 0,
+        max_generation_tokens: int | None = None,
+    ) -> None:
+        """A request ended.
+
+        A time is None where the request never came so far: a request that is aborted in the queue has no prefill, and
+        a zero there would say that prefill is fast. With `n > 1`, `generation_tokens` is that of all sequences
+        together and `max_generation_tokens` that of the longest (default: `generation_tokens`).
+        """
+        self.finished[reason] += 1
+        self.prompt_tokens_cached += cached_tokens
+        self.request_prompt_tokens.observe(prompt_tokens)
+        self.request_generation_tokens.observe(generation_tokens)
+        longest = generation_tokens if max_generation_tokens is None else max_generation_tokens
+        self.request_max_num_generation_tokens.observe(longest)
+        self.request_num_preemptions.observe(num_preemptions)
+        self.e2e_s.observe(e2e_s)
+        if queue_s is not None:
+            self.queue_s.observe(queue_s)
+        if prefill_s is not None:
+            self.prefill_s.observe(prefill_s)
+            self.request_prefill_kv_computed_tokens.observe(prompt_tokens - cached_tokens)
+            self.inference_s.observe(prefill_s + (decode_s or 0.0))
+        if decode_s is not None:
+            self.decode_s.observe(decode_s)
+            if longest > 1:
+                self.time_per_output_token_s.observe(decode_s / (longest - 1))
+
+    def client_disconnected(self) -> None:
+        """A client went away before its answer was complete."""
+        self.client_disconnects += 1
+
+    def set_cache_config(
+        self, block_size: int, num_blocks: int, cache_dtype: str = "auto", prefix_caching: bool = True
+    ) -> None:
+        """What `cache_config_info` says, in the words that routers read there."""
+        self.cache_config = {
+            "block_size": str(block_size),
+            "num_gpu_blocks": str(num_blocks),
+            "cache_dtype": cache_dtype,
+            "enable_prefix_caching": str(prefix_caching),
+        }
+
+    # For the scrape.
+
+    def gauge_values(self) -> Iterable[tuple[str, str, float]]:
+        """(name, help, value)."""
+        yield "num_requests_running", "Requests in the running batch.", self.num_requests_running
+        yield "num_requests_waiting", "Requests waiting for admission.", self.num_requests_waiting
+        yield "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", self.kv_cache_usage
+
+    def counter_values(self) -> Iterable[tuple[str, str, float]]:
+        """(name without `_total`, help, value)."""
+        yield "prompt_tokens", "Prompt tokens of accepted requests.", self.prompt_tokens
+        yield "generation_tokens", "Tokens generated.", self.generation_tokens
+        yield "prompt_tokens_cached", "Prompt tokens taken from the prefix cache.", self.prompt_tokens_cached
+        yield "prefix_cache_queries", "Tokens looked up in the prefix cache.", self.prefix_cache_queries
+        yield "prefix_cache_hits", "Tokens found in the prefix cache.", self.prefix_cache_hits
+        yield "num_preemptions", "Requests preempted for want of KV blocks.", self.num_preemptions
+        yield "client_disconnects", "Requests aborted because their client went away.", self.client_disconnects
+
+    def histograms(self) -> Iterable[tuple[str, str, Histogram]]:
+        """(name, help, histogram)."""
+        yield "iteration_tokens_total", "Tokens computed in an engine step.", self.iteration_tokens
+        yield "time_to_first_token_seconds", "Time to the first token.", self.time_to_first_token_s
+        yield "inter_token_latency_seconds", "Time between two tokens of a stream.", self.inter_token_latency_s
+        yield "request_time_per_output_token_seconds", "Mean over a request's decode.", self.time_per_output_token_s
+        yield "e2e_request_latency_seconds", "Arrival to last token.", self.e2e_s
+        yield "request_queue_time_seconds", "Arrival to first scheduling.", self.queue_s
+        yield "request_inference_time_seconds", "First scheduling to last token.", self.inference_s
+        yield "request_prefill_time_seconds", "First scheduling to first token.", self.prefill_s
+        yield "request_decode_time_seconds", "First to last token.", self.decode_s
+        yield "request_prompt_tokens", "Prompt tokens of a request.", self.request_prompt_tokens
+        yield "request_generation_tokens", "Tokens generated for a request.", self.request_generation_tokens
+        yield "request_prefill_kv_computed_tokens", "Prompt tokens not cached.", self.request_prefill_kv_computed_tokens
+        yield "request_max_num_generation_tokens", "Longest sequence.", self.request_max_num_generation_tokens
+        yield "request_params_max_tokens", "max_tokens of a request.", self.request_params_max_tokens
+        yield "request_params_n", "n of a request.", self.request_params_n
+        yield "request_num_preemptions", "Preemptions of a request.", self.request_num_preemptions
+
+
+class HttpMetrics:
+    """Requests by route, under the names of prometheus_fastapi_instrumentator."""
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[str, str, str], int] = {}  # (handler, method, status class as in "2xx")
+        self.duration_s: dict[tuple[str, str], Histogram] = {}  # (handler, method)
+
+    def observe(self, handler: str, method: str, status: int, duration_s: float) -> None:
+        """One request, its last byte sent. `handler` is a route's template, never a path: the labels stay few."""
+        key = (handler, method, f"{status // 100}xx")
+        self.requests[key] = self.requests.get(key, 0) + 1
+        histogram = self.duration_s.get((handler, method))
+        if histogram is None:
+            histogram = self.duration_s[handler, method] = Histogram(_HTTP_S)
+        histogram.observe(duration_s)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metric families, for a scrape."""
+        requests = CounterMetricFamily("http_requests", "HTTP requests.", labels=["handler", "method", "status"])
+        for key, count in self.requests.items():
+            requests.add_metric(list(key), count)
+        durations = HistogramMetricFamily(
+            "http_request_duration_seconds",
+            "Arrival of the request to the last byte of its answer.",
+            labels=["handler", "method"],
+        )
+        for labels, histogram in self.duration_s.items():
+            durations.add_metric(list(labels), histogram.cumulative(), histogram.total)
+        yield requests
+        yield durations
+
+
+class Metrics(Collector):
+    """All metrics of the process. `vllm_names` says whether each series is exposed under vLLM's prefix too."""
+
+    def __init__(self, *, vllm_names: bool = True) -> None:
+        self._prefixes = ("llmserve:", "vllm:") if vllm_names else ("llmserve:",)
+        self._models: dict[str, ModelMetrics] = {}
+        self.http = HttpMetrics()
+        self.content_type = CONTENT_TYPE_LATEST
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+        self._registry.register(self)
+
+    def add_model(self, metrics: ModelMetrics) -> None:
+        """Exposes a model's series, in place of those of a model of the same name."""
+        self._models[metrics.model_name] = metrics
+
+    def remove_model(self, model_name: str) -> None:
+        """Drops the series of a model that is no longer served."""
+        self._models.pop(model_name, None)
+
+    def model(self, name: str) -> ModelMetrics:
+        """The metrics of a served model; made at first use."""
+        if name not in self._models:
+            self._models[name] = ModelMetrics(name)
+        return self._models[name]
+
+    def render(self) -> bytes:
+        """The answer to a scrape, in the text format that `content_type` names."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metric families of all models under all prefixes."""
+        yield from self.http.collect()
+        models = list(self._models.values())
+        if models:
+            for prefix in self._prefixes:
+                yield from _collect_models(prefix, models)
+
+
+_LABELS = ["model_name", "engine"]
+
+
+def _collect_models(prefix: str, models: list[ModelMetrics]) -> Iterator[Metric]:
+    """One family a name, one sample of it a model."""
+    gauges: dict[str, GaugeMetricFamily] = {}
+    counters: dict[str, CounterMetricFamily] = {}
+    histograms: dict[str, HistogramMetricFamily] = {}
+    for model in models:
+        labels = [model.model_name, "0"]
+        for name, text, value in model.gauge_values():
+            gauges.setdefault(name, GaugeMetricFamily(prefix + name, text, labels=_LABELS)).add_metric(labels, value)
+        for name, text, value in model.counter_values():
+            counter = counters.setdefault(name, CounterMetricFamily(prefix + name, text, labels=_LABELS))
+            counter.add_metric(labels, value)
+        for name, text, histogram in model.histograms():
+            family = histograms.setdefault(name, HistogramMetricFamily(prefix + name, text, labels=_LABELS))
+            family.add_metric(labels, histogram.cumulative(), histogram.total)
+    yield from gauges.values()
+    yield from counters.values()
+    yield from histograms.values()
+
+    success = CounterMetricFamily(
+        prefix + "request_success", "Requests that ended, by reason.", labels=[*_LABELS, "finished_reason"]
+    )
+    config = GaugeMetricFamily(
+        prefix + "cache_config_info",
+        "The KV cache's configuration, in its labels.",
+        labels=[*_LABELS, "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"],
+    )
+    for model in models:
+        for reason, count in model.finished.items():
+            success.add_metric([model.model_name, "0", reason.value], count)
+        if model.cache_config:
+            config.add_metric([model.model_name, "0", *model.cache_config.values()], 1)
+    yield success
+    yield config
