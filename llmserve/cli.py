@@ -1,0 +1,88 @@
+"""The `llmserve` command: reads the command line and hands over to what it names. Knows how nothing works."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from llmserve import __version__
+from llmserve.errors import LLMServeError
+from llmserve.settings import add_setting_flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 if all went well, 1 after an error that is explained in one line, 2 for a wrong command line."""
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except LLMServeError as error:
+        print(f"llmserve: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmserve", description="Serve language models and the models around them.")
+    parser.add_argument("--version", action="version", version=f"llmserve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve models over HTTP"))
+    _add_chat(commands.add_parser("chat", help="chat with a running server"))
+    _add_bench(commands.add_parser("bench", help="measure any OpenAI-compatible server"))
+    _add_models(commands.add_parser("models", help="list the models that are embedded, cached and loadable"))
+    _add_pull(commands.add_parser("pull", help="fetch a model without serving it"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve one or more LLMs. Every flag is also a TOML key (--config) and LLMSERVE_<NAME>."
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a Hugging Face folder, a .gguf file, an embedded model's name or a hub name; by default the embedded LLM",
+    )
+    parser.add_argument("--served-model-name", nargs="+", metavar="NAME", help="the names clients use")
+    add_setting_flags(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from llmserve.serve import serve
+        from llmserve.settings import load_serve_config
+
+        return serve(load_serve_config(vars(args)))
+
+    parser.set_defaults(run=run)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    from llmserve.tools import chat
+
+    chat.add_arguments(parser)
+    parser.set_defaults(run=chat.run)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from llmserve.tools.bench import cli as bench
+
+    bench.add_arguments(parser)
+    parser.set_defaults(run=bench.run)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    from llmserve.tools import models
+
+    models.add_list_arguments(parser)
+    parser.set_defaults(run=models.run_list)
+
+
+def _add_pull(parser: argparse.ArgumentParser) -> None:
+    from llmserve.tools import models
+
+    models.add_pull_arguments(parser)
+    parser.set_defaults(run=models.run_pull)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""`llmserve models` and `llmserve pull`: what can be served by name, and getting it ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from llmserve.config import format_bytes
+from llmserve.repository.sources import list_models, resolve_model
+from llmserve.tools.progress import StartupDisplay
+
+
+def add_list_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `llmserve models`."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def add_pull_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `llmserve pull`."""
+    parser.add_argument("model", metavar="MODEL", help="an embedded model's name or a hub name")
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Prints the embedded models and those in the caches."""
+    listings = list_models()
+    if args.json:
+        rows = [asdict(listing) | {"path": str(listing.path) if listing.path else None} for listing in listings]
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for title in ("MODEL", "FROM", "SIZE", "HERE", "WHAT"):
+        table.add_column(title, no_wrap=title != "WHAT")
+    for listing in listings:
+        here = "yes" if listing.path else "no"
+        table.add_row(listing.name, listing.kind, format_bytes(listing.size_bytes), here, listing.description)
+    Console().print(table)
+    return 0
+
+
+def run_pull(args: argparse.Namespace) -> int:
+    """Fetches a model and prints where it lies."""
+    with StartupDisplay(Console(file=sys.stderr)).fetching(args.model) as progress:
+        source = resolve_model(args.model, progress)
+    print(source.path)
+    return 0

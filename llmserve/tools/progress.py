@@ -1,0 +1,99 @@
+"""What a person sees while a server starts: bars while fetching and loading, the plan, and when it is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from llmserve.config import format_bytes
+from llmserve.messages import LoadProgress, MemoryPlan
+
+StageProgress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class LoadingDisplay:
+    """Plans and bars of the models that are loading side by side."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def plan_printer(self, name: str) -> Callable[[MemoryPlan], None]:
+        """Prints a model's plan above the bars when it is known."""
+        return lambda plan: self._progress.console.print(plan_table(name, plan))
+
+    def progress_bar(self, name: str) -> Callable[[LoadProgress], None]:
+        """A bar of the bytes loaded."""
+        report = _bars(self._progress, name)
+        return lambda message: report(message.stage, message.done, message.total)
+
+
+class StartupDisplay:
+    """Writes to one console. Where that is no terminal, the bars are left out and the lines stay."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def fetching(self, name: str) -> Iterator[StageProgress]:
+        """Bars for the stages of getting a model; nothing is shown if there is nothing to get."""
+        with _progress(self._console) as progress:
+            yield _bars(progress, name)
+
+    @contextmanager
+    def loading(self) -> Iterator[LoadingDisplay]:
+        """Bars and plans of the models that load."""
+        with _progress(self._console) as progress:
+            yield LoadingDisplay(progress)
+
+    def ready(self, url: str, names: list[str], seconds: float) -> None:
+        """The line people wait for."""
+        served = ", ".join(names)
+        self._console.print(
+            f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}. Docs: {url}/docs",
+            soft_wrap=True,
+        )
+
+
+def plan_table(name: str, plan: MemoryPlan) -> Table:
+    """Where the memory of a device will go."""
+    table = Table(title=f"{name} on {plan.device}", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row("weights", format_bytes(plan.weight_bytes), f"{plan.dtype}, {plan.weight_format}")
+    table.add_row("activations", format_bytes(plan.activation_bytes), f"{plan.max_num_batched_tokens} tokens a step")
+    table.add_row(
+        "KV cache",
+        format_bytes(plan.kv_cache_bytes),
+        f"{plan.num_blocks} blocks of {plan.block_size} = {plan.num_tokens} tokens",
+    )
+    table.add_row("free now", format_bytes(plan.available_bytes), "")
+    limits = f"context {plan.max_model_len} tokens, {plan.max_num_seqs} sequences at once"
+    table.add_row("limits", "", limits)
+    return table
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _bars(progress: Progress, name: str) -> StageProgress:
+    """One bar a stage, made when the stage is first heard of."""
+    tasks: dict[str, TaskID] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(f"{name}: {stage}", total=total)
+        progress.update(tasks[stage], completed=done, total=total)
+
+    return report
