@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-
-from llmserve.tokenizer import Tokenizer
+from collections.abc import Callable, Sequence
 
 from llmserve.backends.generation import GenerationSpec, SamplingDefaults
-from llmserve.backends.sequence import LLMGeneration, Sequence
+from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
-from llmserve.engine.client import EngineClient, EngineState
+from llmserve.engine.client import ENGINE_COMMAND, EngineClient, EngineState
 from llmserve.errors import LLMServeError, NotReadyError
 from llmserve.messages import AbortRequests, EngineReady, EngineRequest, LoadProgress, MemoryPlan, StepOutputs
 from llmserve.metrics import Metrics
+from llmserve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class LLM:
         sampling_defaults: SamplingDefaults,
         metrics: Metrics,
         server: ServerConfig,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.name = name
         self.root = root
@@ -44,10 +44,12 @@ class LLM:
         self.tokenizer = tokenizer
         self.sampling_defaults = sampling_defaults
         self.metrics = metrics.model(name)
-        self.engine = EngineClient(config, self._on_step, self.metrics.observe_step, self._on_dead, server.log_level)
+        self.engine = EngineClient(
+            config, self._on_step, self.metrics.observe_step, self._on_dead, server.log_level, engine_command
+        )
         self._prefix_caching = config.enable_prefix_caching
         self._stall_timeout_s = server.stall_timeout_s
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, SequenceState] = {}
 
     async def start(
         self,
@@ -98,7 +100,7 @@ class LLM:
         self.metrics.observe_request_started(len(spec.prompt_token_ids), spec.n, spec.sampling.max_tokens)
         return generation
 
-    def finish(self, sequences: list[Sequence], abort: bool) -> None:
+    def finish(self, sequences: list[SequenceState], abort: bool) -> None:
         """Forgets sequences; `abort` tells the engine, which may still be working on them."""
         known = [sequence.id for sequence in sequences if self._sequences.pop(sequence.id, None) is not None]
         if known and abort and self.engine.state in (EngineState.READY, EngineState.DRAINING):

@@ -1,4 +1,4 @@
-"""A request in flight, as the server process sees it: one Sequence for each answer, gathered in a Generation.
+"""A request in flight, as the server process sees it: one SequenceState for each answer, gathered in a Generation.
 
 Turns the engine's token ids into whole characters, watches for stop strings, keeps the times. Owns no engine.
 """
@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import msgspec
-from llmserve.tokenizer import Tokenizer
 
 from llmserve.backends.generation import GenerationDelta, GenerationSpec
 from llmserve.detokenizer import IncrementalDetokenizer
@@ -21,6 +20,7 @@ from llmserve.errors import EngineDeadError, InvalidRequestError, LLMServeError
 from llmserve.messages import FinishReason, SamplingParams, SequenceOutput
 from llmserve.metrics import ModelMetrics
 from llmserve.stop_strings import StopStringMatcher
+from llmserve.tokenizer import Tokenizer
 
 
 class Owner(Protocol):
@@ -29,7 +29,7 @@ class Owner(Protocol):
     tokenizer: Tokenizer
     metrics: ModelMetrics
 
-    def finish(self, sequences: list[Sequence], abort: bool) -> None: ...
+    def finish(self, sequences: list[SequenceState], abort: bool) -> None: ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,7 +42,7 @@ class Timing:
     last_token_s: float = 0.0
 
 
-class Sequence:
+class SequenceState:
     """One of the `n` answers to a prompt."""
 
     def __init__(self, generation: LLMGeneration, index: int, params: SamplingParams, arrival_s: float) -> None:
@@ -147,7 +147,9 @@ class LLMGeneration:
         self.request_id = request_id
         self.spec = spec
         self.owner = owner
-        self.sequences = [Sequence(self, index, _params_of(spec.sampling, index), arrival_s) for index in range(spec.n)]
+        self.sequences = [
+            SequenceState(self, index, _params_of(spec.sampling, index), arrival_s) for index in range(spec.n)
+        ]
         self._num_running = spec.n
         self._ready: list[GenerationDelta] = []
         self._wakeup: asyncio.Future[None] | None = None

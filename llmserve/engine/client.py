@@ -9,7 +9,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import zmq
@@ -36,6 +36,9 @@ from llmserve.messages import (
 logger = logging.getLogger(__name__)
 
 
+ENGINE_COMMAND = (sys.executable, "-m", "llmserve.engine.process")
+
+
 class EngineState(enum.Enum):
     """The life of an engine."""
 
@@ -58,6 +61,7 @@ class EngineClient:
         on_idle: Callable[[EngineStats], None],
         on_dead: Callable[[LLMServeError], None],
         log_level: str = "info",
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.state = EngineState.STARTING
         self.plan: MemoryPlan | None = None
@@ -68,6 +72,7 @@ class EngineClient:
         self._on_idle = on_idle
         self._on_dead = on_dead
         self._log_level = log_level
+        self._command = command
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._outbox = self._context.socket(zmq.PUSH)
@@ -94,9 +99,7 @@ class EngineClient:
         self._outbox.bind(launch.in_address)
         self._inbox.bind(launch.out_address)
         self._ready = asyncio.get_running_loop().create_future()
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "llmserve.engine.process", stdin=asyncio.subprocess.PIPE
-        )
+        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.PIPE)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(launch))
         self._process.stdin.close()

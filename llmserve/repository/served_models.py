@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmserve.repository.sources import ModelSource
-from llmserve.tokenizer import Tokenizer
-
 from llmserve.backends.generation import SamplingDefaults
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServerConfig
+from llmserve.engine.client import ENGINE_COMMAND
 from llmserve.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from llmserve.metrics import Metrics
+from llmserve.repository.sources import ModelSource
+from llmserve.tokenizer import Tokenizer
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -51,7 +51,13 @@ class ServedModels:
         return self._by_name[name]
 
 
-def open_llm(source: ModelSource, entry: ModelConfigEntry, server: ServerConfig, metrics: Metrics) -> LLM:
+def open_llm(
+    source: ModelSource,
+    entry: ModelConfigEntry,
+    server: ServerConfig,
+    metrics: Metrics,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+) -> LLM:
     """Reads what the server process must know of a model: tokenizer and sampling defaults. Loads no weights."""
     return LLM(
         name=entry.served_names[0] if entry.served_names else source.name,
@@ -61,6 +67,7 @@ def open_llm(source: ModelSource, entry: ModelConfigEntry, server: ServerConfig,
         sampling_defaults=read_sampling_defaults(source.path),
         metrics=metrics,
         server=server,
+        engine_command=engine_command,
     )
 
 

@@ -1,0 +1,65 @@
+"""The dense decoder: Llama, Mistral, SmolLM, Qwen2, Qwen3, Gemma 2 and 3. Knows no scheduler, no sampling, no files."""
+
+from __future__ import annotations
+
+import torch
+
+from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, Ops
+from llmserve.models.config import ModelConfig
+from llmserve.models.layers import DecoderLayer
+
+
+class LlamaModel:
+    """A decoder with its weights. Call it under `torch.inference_mode()`; one thread at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        embedding: torch.Tensor,
+        layers: list[DecoderLayer],
+        final_norm: torch.Tensor,
+        lm_head: LinearWeight,
+    ) -> None:
+        """embedding [vocab, hidden]; final_norm float32 [hidden]; lm_head [vocab, hidden]."""
+        self.config = config
+        self.num_layers = config.num_layers
+        self._ops = ops
+        self._embedding = embedding
+        self._layers = layers
+        # The norm that follows each layer: the next one's first, and after the last the final one.
+        self._next_norms = [layer.attention_norm for layer in layers[1:]] + [final_norm]
+        self._lm_head = lm_head
+        # Rounded to the weights' type, as the Gemma models were trained.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of hidden states and weights."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    def kv_cache_spec(self, block_size: int, dtype: torch.dtype) -> KVCacheSpec:
+        """What each layer's cache must hold; all layers are alike."""
+        return KVCacheSpec(self.config.num_kv_heads, self.config.head_dim, block_size, dtype)
+
+    def forward(self, token_ids: torch.Tensor, meta: AttentionMetadata, kv_caches: list[KVCache]) -> torch.Tensor:
+        """token_ids int64 [t] of a ragged batch, one cache a layer -> hidden states [t, hidden], final norm applied."""
+        eps = self.config.rms_norm_eps
+        residual = self._ops.embedding(token_ids, self._embedding)
+        if self._embedding_scale != 1.0:
+            residual = residual * self._embedding_scale
+        normed = self._ops.rms_norm(residual, self._layers[0].attention_norm, eps)
+        for layer, kv_cache, next_norm in zip(self._layers, kv_caches, self._next_norms, strict=True):
+            out = layer.forward(normed, residual, meta, kv_cache)
+            normed = self._ops.add_rms_norm(out, residual, next_norm, eps)
+        return normed
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [r, hidden], the rows to be sampled -> float32 [r, vocab]."""
+        logits = self._ops.linear(hidden, self._lm_head).float()
+        cap = self.config.logits_soft_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
