@@ -71,11 +71,12 @@ class ReferenceOps:
             raise ValueError(f"The reference ops know the weight format 'dense', not {fmt!r}.")
         return OneDnnLinearWeight(weight, bias) if can_pack(weight) else DenseLinearWeight(weight, bias)
 
-    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What torch's products have rounded to x's dtype, `out_dtype` does not bring back."""
         if isinstance(weight, OneDnnLinearWeight):
-            return weight.multiply(x)
+            return weight.multiply(x).to(out_dtype or x.dtype)
         assert isinstance(weight, DenseLinearWeight)
-        return F.linear(x, weight.weight, weight.bias)
+        return F.linear(x, weight.weight, weight.bias).to(out_dtype or x.dtype)
 
     def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return table[token_ids]
@@ -87,7 +88,7 @@ class ReferenceOps:
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         residual += x
-        return self.rms_norm(residual, weight, eps)
+        return self.rms_norm(residual, weight, eps).to(x.dtype)
 
     def rotary_and_cache(
         self,

@@ -49,10 +49,11 @@ class LlamaModel:
     def forward(self, token_ids: torch.Tensor, meta: AttentionMetadata, kv_caches: list[KVCache]) -> torch.Tensor:
         """token_ids int64 [t] of a ragged batch, one cache a layer -> hidden states [t, hidden], final norm applied."""
         eps = self.config.rms_norm_eps
-        residual = self._ops.embedding(token_ids, self._embedding)
+        embedded = self._ops.embedding(token_ids, self._embedding)
         if self._embedding_scale != 1.0:
-            residual = residual * self._embedding_scale
-        normed = self._ops.rms_norm(residual, self._layers[0].attention_norm, eps)
+            embedded = embedded * self._embedding_scale
+        normed = self._ops.rms_norm(embedded, self._layers[0].attention_norm, eps)
+        residual = embedded.to(torch.float32, copy=True)  # rounding each layer's sum is most of what bf16 loses
         for layer, kv_cache, next_norm in zip(self._layers, kv_caches, self._next_norms, strict=True):
             out = layer.forward(normed, residual, meta, kv_cache)
             normed = self._ops.add_rms_norm(out, residual, next_norm, eps)
@@ -60,6 +61,6 @@ class LlamaModel:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [r, hidden], the rows to be sampled -> float32 [r, vocab]."""
-        logits = self._ops.linear(hidden, self._lm_head).float()
+        logits = self._ops.linear(hidden, self._lm_head, torch.float32)
         cap = self.config.logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap else logits

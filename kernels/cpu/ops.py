@@ -1,0 +1,246 @@
+"""The C kernels behind the `Ops` interface, for float32 and bfloat16. Knows pointers and shapes, no arithmetic.
+
+Every op is bit-invariant: a row's result does not depend on the rows beside it, on how a prompt was cut into chunks,
+or on the number of threads. A decode step makes hundreds of these calls, so each does little beside its call into C.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+import torch.nn.functional as F
+
+from llmserve.kernels.cpu.gguf_blocks import pack_gguf
+from llmserve.kernels.cpu.library import BF16, F32, KVCacheStruct, Library, StepMetaStruct, load_library
+from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8
+from llmserve.kernels.memory import cache_zeros
+from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
+
+_DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
+SUPPORTED_DTYPES = tuple(_DTYPES)
+MAX_HEAD_DIM = 256
+
+
+class CPUKVCache:
+    """One layer's blocks in the layout of kv_layout.h."""
+
+    def __init__(self, spec: KVCacheSpec, num_blocks: int) -> None:
+        _check_spec(spec)
+        shape = (num_blocks, spec.num_kv_heads, 2, spec.block_size * spec.head_dim)
+        self.data = cache_zeros(shape, spec.dtype, torch.device("cpu"))
+        self.nbytes = self.data.nbytes
+        self._struct = KVCacheStruct(
+            self.data.data_ptr(), spec.num_kv_heads, spec.head_dim, spec.block_size, _DTYPES[spec.dtype]
+        )
+        self.spec = spec
+        self.pointer = ctypes.addressof(self._struct)
+
+
+class CPUOps:
+    """Implements `Ops` by the C kernels. Tensors are on the CPU, rows contiguous, one dtype throughout."""
+
+    name = "cpu"
+
+    def __init__(self, library: Library) -> None:
+        self.isa = library.isa
+        self.num_threads = library.num_threads
+        self._library = library
+        self._pool = library.pool
+        self._meta: AttentionMetadata | None = None  # of the running step: its layers share one struct
+        self._meta_struct = StepMetaStruct()
+
+    def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
+        return 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> CPUKVCache:
+        """A spec these kernels do not know is a ValueError."""
+        assert device.type == "cpu"
+        return CPUKVCache(spec, num_blocks)
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
+        """`fmt` "dense" keeps float32 or bfloat16; "int8" makes W8A8. Another is a ValueError."""
+        if fmt == "int8":
+            return pack_int8(weight, bias)
+        if fmt != "dense":
+            raise ValueError(f"The CPU kernels know the weight formats 'dense' and 'int8', not {fmt!r}.")
+        _dtype_of(weight)
+        return pack_dense(weight, bias)
+
+    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+        """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
+        "q4_0", "q4_1" or "q4_k". Rows may be joined (qkv) or permuted before. Another type is a ValueError."""
+        return pack_gguf(raw, ggml_type, bias)
+
+    def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        assert isinstance(weight, CPULinearWeight)
+        rows, columns = x.shape
+        out = torch.empty((rows, weight.out_features), dtype=out_dtype or x.dtype)
+        if columns != weight.padded_in and not weight.quantizes_input:
+            x, columns = F.pad(x, (0, weight.padded_in - columns)), weight.padded_in
+        self._library.linear(
+            self._pool, weight.pointer, _data(x), out.data_ptr(), rows, columns, _DTYPES[x.dtype], _DTYPES[out.dtype]
+        )
+        return out
+
+    def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """An id outside the table is an IndexError."""
+        num_ids, (vocab, width) = token_ids.shape[0], table.shape
+        out = torch.empty((num_ids, width), dtype=table.dtype)
+        row_bytes = width * table.itemsize
+        wrong = self._library.embedding(_data(token_ids), num_ids, _data(table), vocab, row_bytes, out.data_ptr())
+        if wrong >= 0:
+            raise IndexError(f"token id {int(token_ids[wrong])} is outside the embedding table of {vocab} rows")
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        assert weight.dtype is torch.float32
+        rows, n = x.shape
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            self._pool, _data(x), None, weight.data_ptr(), out.data_ptr(), rows, n, eps, _DTYPES[x.dtype]
+        )
+        return out
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        assert weight.dtype is torch.float32
+        assert residual.is_contiguous() and residual.dtype == torch.float32
+        rows, n = x.shape
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            self._pool, _data(x), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, eps, _DTYPES[x.dtype]
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gate_and_mul(gate_up, 0)
+
+    def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gate_and_mul(gate_up, 1)
+
+    def _gate_and_mul(self, gate_up: torch.Tensor, gelu: int) -> torch.Tensor:
+        rows, n = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty((rows, n), dtype=gate_up.dtype)
+        self._library.gate_and_mul(self._pool, _data(gate_up), out.data_ptr(), rows, n, _DTYPES[gate_up.dtype], gelu)
+        return out
+
+    def rotary_and_cache(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        assert isinstance(kv_cache, CPUKVCache)
+        assert qkv.dtype == kv_cache.spec.dtype
+        out = torch.empty((qkv.shape[0], num_heads, kv_cache.spec.head_dim), dtype=qkv.dtype)
+        self._library.rotary_and_cache(
+            self._pool,
+            _data(qkv),
+            _data(cos_sin),
+            kv_cache.pointer,
+            self._meta_pointer(meta),
+            num_heads,
+            None if q_norm is None else q_norm.data_ptr(),
+            None if k_norm is None else k_norm.data_ptr(),
+            eps,
+            out.data_ptr(),
+        )
+        return out
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        assert isinstance(kv_cache, CPUKVCache)
+        tokens, heads, head_dim = q.shape
+        out = torch.empty((tokens, heads * head_dim), dtype=q.dtype)
+        self._library.paged_attention(
+            self._pool,
+            _data(q),
+            kv_cache.pointer,
+            self._meta_pointer(meta),
+            heads,
+            scale,
+            sliding_window,
+            soft_cap,
+            out.data_ptr(),
+        )
+        return out
+
+    def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+        rows, vocab = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        self._library.sample(
+            self._pool,
+            _data(logits),
+            rows,
+            vocab,
+            _data(sampling.temperature),
+            _data(sampling.top_k),
+            _data(sampling.top_p),
+            _data(sampling.min_p),
+            _data(sampling.seeds),
+            _data(sampling.positions),
+            out.data_ptr(),
+        )
+        return out
+
+    def _meta_pointer(self, meta: AttentionMetadata) -> int:
+        if meta is not self._meta:
+            self._meta = meta
+            struct = self._meta_struct
+            struct.query_start_loc = _data(meta.query_start_loc)
+            struct.seq_lens = _data(meta.seq_lens)
+            assert meta.block_table.stride(1) == 1 or meta.block_table.shape[1] == 1
+            struct.block_table = meta.block_table.data_ptr()
+            struct.slot_mapping = _data(meta.slot_mapping)
+            struct.positions = _data(meta.positions)
+            struct.block_table_stride = meta.block_table.stride(0)
+            struct.num_seqs = meta.seq_lens.shape[0]
+            struct.num_tokens = meta.positions.shape[0]
+        return ctypes.addressof(self._meta_struct)
+
+
+def create_cpu_ops(num_threads: int | None = None, isa: str | None = None) -> CPUOps | None:
+    """The CPU kernels on `num_threads` (default: the cores this process may use), built for `isa` (default: the best).
+
+    None, with a line in the log that says what is lost, where they cannot be built.
+    """
+    library = load_library(num_threads or usable_cores(), isa)
+    return None if library is None else CPUOps(library)
+
+
+def usable_cores() -> int:
+    """The cores of this process's affinity mask."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _data(tensor: torch.Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _dtype_of(tensor: torch.Tensor) -> int:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"The CPU kernels compute in float32 or bfloat16, not {tensor.dtype}: choose --dtype.")
+    return _DTYPES[tensor.dtype]
+
+
+def _check_spec(spec: KVCacheSpec) -> None:
+    if spec.dtype not in _DTYPES:
+        raise ValueError(f"The CPU kernels keep keys and values in float32 or bfloat16, not {spec.dtype}.")
+    if spec.head_dim % 16 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"The CPU kernels need a head_dim that is a multiple of 16 up to 256, not {spec.head_dim}.")
+    if spec.block_size % 16 or spec.block_size <= 0:
+        raise ValueError(f"The CPU kernels need a block_size that is a multiple of 16, not {spec.block_size}.")

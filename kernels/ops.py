@@ -1,0 +1,148 @@
+"""The one interface of every op, and who implements it on a device. Tensors in, tensors out; imports nothing of ours.
+
+An implementation is a class with these methods: `reference.ReferenceOps` (plain torch, the meaning of every op) and
+the fast families in `cpu/` and `triton/`. Every op is batch-invariant where its implementation says so: a row's result
+does not depend on the rows that came with it, nor on how a prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """What one layer's cache must hold. Its layout in memory is the implementation's own affair."""
+
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the tokens of a ragged mixed batch stand: prompts' chunks and single decode tokens alike."""
+
+    query_start_loc: torch.Tensor  # int32 [num_seqs + 1]: sequence i owns rows query_start_loc[i]:query_start_loc[i+1]
+    seq_lens: torch.Tensor  # int32 [num_seqs]: tokens of context, those of this step included
+    block_table: torch.Tensor  # int32 [num_seqs, max_blocks]
+    slot_mapping: torch.Tensor  # int64 [num_tokens]: block id * block_size + offset
+    positions: torch.Tensor  # int64 [num_tokens]
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTensors:
+    """One row each. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+
+    temperature: torch.Tensor  # float32 [rows]
+    top_k: torch.Tensor  # int64 [rows]
+    top_p: torch.Tensor  # float32 [rows]
+    min_p: torch.Tensor  # float32 [rows]
+    seeds: torch.Tensor  # int64 [rows]
+    positions: torch.Tensor  # int64 [rows]: position of the token to be drawn; with the seed it is the random counter
+    all_greedy: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_min_p: bool
+
+
+class LinearWeight(Protocol):
+    """A weight matrix packed for `Ops.linear`. Only the implementation that packed it looks inside."""
+
+    out_features: int
+    in_features: int
+    format: str
+    nbytes: int
+
+
+class KVCache(Protocol):
+    """One layer's blocks. Only the implementation that made it looks inside."""
+
+    nbytes: int
+
+
+class Ops(Protocol):
+    """All ops of a decoder. Shapes: t tokens, h query heads, k kv heads, d head size, r rows."""
+
+    name: str
+
+    def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
+        """Bytes one block of one layer takes, keys and values together."""
+        ...
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> KVCache:
+        """One layer's blocks, zeroed."""
+        ...
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
+        """Packs a [out, in] weight; the caller drops its own reference. `fmt` "dense" keeps the dtype."""
+        ...
+
+    def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """x [t, in] -> x @ W^T + bias [t, out], of x's dtype or of `out_dtype`: float32 keeps what was accumulated."""
+        ...
+
+    def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """token_ids int64 [t], table [vocab, hidden] -> [t, hidden]."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [t, n] * rsqrt(mean(x^2) + eps) * weight float32 [n], computed in fp32. A new tensor."""
+        ...
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """residual float32 += x, in place; returns rms_norm(residual) of x's dtype."""
+        ...
+
+    def rotary_and_cache(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Splits qkv [t, (h + 2k) * d], norms q and k per head if weights float32 [d] are given, rotates them (NeoX:
+        element i pairs with i + d/2) by cos_sin float32 [max_positions, d] (cosines, then sines, of d/2 frequencies)
+        at meta.positions, writes k and v to meta.slot_mapping. Returns q [t, h, d]."""
+        ...
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        """Causal attention of q [t, h, d] over the cache: row j of sequence i, at position p, sees positions <= p, and
+        with a window w only positions > p - w. `soft_cap` c replaces a score s by c * tanh(s / c).
+        Returns [t, h * d]."""
+        ...
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [t, 2n] -> silu(gate) * up [t, n]."""
+        ...
+
+    def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [t, 2n] -> gelu_tanh(gate) * up [t, n]."""
+        ...
+
+    def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+        """logits float32 [r, vocab], penalties and masks already applied -> token ids int64 [r].
+
+        Greedy rows take the largest logit, the smallest id among equals. The others divide by the temperature, keep
+        what min_p, top_k and top_p leave, and take the largest logit + Gumbel noise; the noise is a function of
+        (seed, position, token id) alone, so neither the batch nor a restart changes a draw.
+        """
+        ...

@@ -1,0 +1,58 @@
+"""GGUF's block formats computed as they lie, against the `gguf` package's own dequantisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+
+from tests.kernels.cpu_cases import ISA_NAMES, cpu_ops, needs_compiler, relative_error
+
+pytestmark = needs_compiler
+
+
+def _q4_k_rows(rows: int, super_blocks: int) -> np.ndarray:
+    """Random valid Q4_K rows: any bytes are, if the two fp16 factors are finite."""
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 256, (rows, super_blocks, 144), dtype=np.uint8)
+    factors = generator.uniform(0.001, 0.01, (rows, super_blocks, 2)).astype(np.float16)
+    blocks[:, :, :4] = factors.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
+@pytest.mark.parametrize("isa", ISA_NAMES)
+def test_blocks_equal_their_dequantised_weights(isa: str, name: str) -> None:
+    ops, ggml_type = cpu_ops(isa), GGMLQuantizationType[name]
+    n, k = 75, 768
+    dense = np.random.default_rng(1).standard_normal((n, k), dtype=np.float32)
+    raw = _q4_k_rows(n, k // 256) if name == "Q4_K" else quants.quantize(dense, ggml_type)
+    weight = torch.from_numpy(quants.dequantize(raw, ggml_type).astype(np.float32))
+    bias = torch.randn(n)
+    packed = ops.pack_quantized(torch.from_numpy(raw), name, bias)
+    assert (packed.format, packed.out_features, packed.in_features) == (name.lower(), n, k)
+    for m in (1, 2, 7, 40):
+        # Integers with the extreme in every block are their own 8-bit activations: only fp32 rounding is left
+        # (and, of Q4_K, the rounding of d * scale to fp16).
+        x = torch.randint(-126, 127, (m, k)).float()
+        x[:, ::32] = 127
+        error = relative_error(ops.linear(x, packed), x.double() @ weight.double().T + bias.double())
+        assert error < (1e-3 if name == "Q4_K" else 1e-5)
+        x = torch.randn(m, k).bfloat16()
+        assert relative_error(ops.linear(x, packed), x.double() @ weight.double().T + bias.double()) < 2e-2
+
+
+def test_weights_stay_at_their_size() -> None:
+    ops = cpu_ops(ISA_NAMES[0])
+    for name, bits in (("Q8_0", 8.5), ("Q4_0", 4.5), ("Q4_1", 5.0)):
+        raw = torch.from_numpy(quants.quantize(np.ones((64, 256), np.float32), GGMLQuantizationType[name]))
+        assert ops.pack_quantized(raw, name).nbytes == 64 * 256 * bits / 8
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    ops = cpu_ops(ISA_NAMES[0])
+    with pytest.raises(ValueError, match="Q6_K"):
+        ops.pack_quantized(torch.zeros(4, 210, dtype=torch.uint8), "Q6_K")
+    with pytest.raises(ValueError, match="34 bytes"):
+        ops.pack_quantized(torch.zeros(4, 33, dtype=torch.uint8), "Q8_0")
