@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -155,11 +156,12 @@ class CompletionStream:
 
 
 class OpenAIClient:
-    """One server. `url` is what the `openai` package calls base_url: it ends with `/v1`."""
+    """One server. `url` is what the `openai` package calls base_url; without a path it is taken to end with `/v1`."""
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, clock: Clock = time.perf_counter) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = HttpClient(url, headers, clock)
+        url = url.rstrip("/")
+        self._http = HttpClient(url if urlsplit(url).path else f"{url}/v1", headers, clock)
         self._base = self._http.url.path
         self.clock = clock
 

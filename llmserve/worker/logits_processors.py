@@ -101,7 +101,7 @@ class Penalties:
         if self._frequency != 0.0:
             logits.sub_(self._counts, alpha=self._frequency)
         if self._presence != 0.0:
-            logits.sub_(self._counts > 0, alpha=self._presence)
+            logits.sub_(self._counts.clamp(max=1), alpha=self._presence)
 
 
 def build_processors(params: SamplingParams, vocab_size: int, device: torch.device) -> list[LogitsProcessor]:

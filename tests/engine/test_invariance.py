@@ -18,7 +18,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 1.0, "seed": 1234},
     "filtered": {"temperature": 0.8, "seed": 99, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-    "penalised": {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    "penalised": {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "presence_penalty": 0.3},
 }
 
 
