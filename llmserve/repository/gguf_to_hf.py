@@ -6,7 +6,7 @@ llama.cpp's converter permutes the rows of q and k for its rotary embedding; her
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,10 @@ _BLOCK_NAMES = {
 }
 
 
-def convert_llama(source: Path, folder: Path, progress: Progress) -> None:
+def convert_llama(source: Path, folder: Path, sampling: Mapping[str, float | bool], progress: Progress) -> None:
     """Writes model.safetensors, config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
 
+    `sampling` goes into generation_config.json: the defaults where a request says nothing.
     Raises ModelLoadError if the file is damaged, of another architecture or has a tensor Llama has not.
     """
     file = read_gguf(source)
@@ -48,7 +49,7 @@ def convert_llama(source: Path, folder: Path, progress: Progress) -> None:
     tokenizer = build_gguf_tokenizer(file)
     _write_weights(file, folder / "model.safetensors", progress)
     _write_json(folder / "config.json", _model_config(file))
-    _write_json(folder / "generation_config.json", _token_ids(file))
+    _write_json(folder / "generation_config.json", _token_ids(file) | dict(sampling))
     _write_json(folder / "tokenizer_config.json", tokenizer.config)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
 

@@ -120,6 +120,7 @@ def _build_wheel(folder: Path, scratch: Path) -> EmbeddedModel:
         wheel_sha256=_sha256(path.read_bytes()),
         gguf=file("tiny_llm/tiny.gguf", "tiny.gguf"),
         licence_text=file("tiny_llm-1.0.dist-info/LICENSE", "LICENSE"),
+        sampling={"temperature": 0.5},
         download_bytes=path.stat().st_size,
         folder_bytes=10**6,
     )

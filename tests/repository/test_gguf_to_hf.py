@@ -121,7 +121,7 @@ def test_tiny_model_tensor_by_tensor(tmp_path: Path, write_llama: Callable[..., 
     source = tmp_path / "tiny.gguf"
     write_llama(source)
     counts: list[tuple[str, int, int]] = []
-    convert_llama(source, tmp_path, lambda *news: counts.append(news))
+    convert_llama(source, tmp_path, {"temperature": 0.5}, lambda *news: counts.append(news))
     assert counts[-1][1] == counts[-1][2] > 0
     file = read_gguf(source)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -133,10 +133,10 @@ def test_tiny_model_tensor_by_tensor(tmp_path: Path, write_llama: Callable[..., 
 def test_another_architecture_is_an_error(tmp_path: Path, write_llama: Callable[..., None]) -> None:
     write_llama(tmp_path / "a.gguf", architecture="qwen2")
     with pytest.raises(ModelLoadError, match="architecture is 'qwen2'"):
-        convert_llama(tmp_path / "a.gguf", tmp_path, no_progress)
+        convert_llama(tmp_path / "a.gguf", tmp_path, {}, no_progress)
 
 
 def test_a_foreign_tensor_is_an_error(tmp_path: Path, write_llama: Callable[..., None]) -> None:
     write_llama(tmp_path / "a.gguf", extra_tensor="blk.0.ffn_gate_exps.weight")
     with pytest.raises(ModelLoadError, match=r"blk\.0\.ffn_gate_exps\.weight"):
-        convert_llama(tmp_path / "a.gguf", tmp_path, no_progress)
+        convert_llama(tmp_path / "a.gguf", tmp_path, {}, no_progress)
