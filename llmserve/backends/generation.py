@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from llmserve.tokenizer import Tokenizer
-
 from llmserve.messages import FinishReason, SamplingParams, TokenLogprobs
+from llmserve.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +73,8 @@ class TextGenerator(Protocol):
     created: int  # seconds since the epoch
     max_model_len: int
     max_logprobs: int
+    vocab_size: int  # token ids a request may name are below it
+    honours_priority: bool  # the scheduling policy in force looks at `priority`
     tokenizer: Tokenizer
     sampling_defaults: SamplingDefaults
 

@@ -14,8 +14,16 @@ from llmserve.backends.generation import GenerationSpec, SamplingDefaults
 from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
 from llmserve.engine.client import ENGINE_COMMAND, EngineClient, EngineState
-from llmserve.errors import LLMServeError, NotReadyError
-from llmserve.messages import AbortRequests, EngineReady, EngineRequest, LoadProgress, MemoryPlan, StepOutputs
+from llmserve.errors import LLMServeError, NotReadyError, QueueFullError
+from llmserve.messages import (
+    AbortRequests,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    LoadProgress,
+    MemoryPlan,
+    StepOutputs,
+)
 from llmserve.metrics import Metrics
 from llmserve.tokenizer import Tokenizer
 
@@ -41,6 +49,8 @@ class LLM:
         self.created = int(time.time())
         self.max_model_len = config.max_model_len or 0  # known for good once the engine has planned
         self.max_logprobs = config.max_logprobs
+        self.vocab_size = tokenizer.vocab_size
+        self.honours_priority = config.scheduling_policy == "priority"
         self.tokenizer = tokenizer
         self.sampling_defaults = sampling_defaults
         self.metrics = metrics.model(name)
@@ -49,6 +59,7 @@ class LLM:
         )
         self._prefix_caching = config.enable_prefix_caching
         self._stall_timeout_s = server.stall_timeout_s
+        self._max_sequences = config.max_queued_seqs
         self._sequences: dict[str, SequenceState] = {}
 
     async def start(
@@ -60,6 +71,8 @@ class LLM:
         ready = await self.engine.start(on_plan, on_progress)
         self.max_model_len = ready.plan.max_model_len
         plan = ready.plan
+        self.vocab_size = min(self.tokenizer.vocab_size, plan.vocab_size)
+        self.max_logprobs = min(self.max_logprobs, plan.vocab_size)
         self.metrics.set_cache_config(plan.block_size, plan.num_blocks, plan.dtype, self._prefix_caching)
         return ready
 
@@ -83,6 +96,11 @@ class LLM:
         """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or dead."""
         if not self.is_ready():
             raise NotReadyError(f"The model {self.name!r} is {self.engine.state.value}; try again later.")
+        if len(self._sequences) + spec.n > self._max_sequences:
+            raise QueueFullError(
+                f"{len(self._sequences)} sequences are in flight, and with this request's {spec.n} there would be more "
+                f"than {self._max_sequences}. Try again later."
+            )
         arrival_s = time.monotonic()
         generation = LLMGeneration(request_id, spec, self, arrival_s)
         for sequence in generation.sequences:
@@ -118,6 +136,7 @@ class LLM:
         for sequence in list(self._sequences.values()):
             sequence.generation.fail(error)
         self._sequences.clear()
+        self.metrics.observe_step(EngineStats(0, 0, 0, 0))  # a dead engine runs nothing and holds nothing
 
     def _longest_wait_s(self) -> float:
         """How long the oldest request has been here: a step cannot be late for longer than there is work."""

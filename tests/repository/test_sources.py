@@ -36,7 +36,9 @@ try:
     answer = {"kind": source.kind, "path": str(source.path), "name": source.name, "root": source.root}
 except ModelLoadError as error:
     answer = {"error": error.message}
-answer["listed"] = [model.name for model in list_models() if model.kind == "hub"]
+listings = [model for model in list_models() if model.kind == "hub"]
+answer["listed"] = [model.name for model in listings]
+answer["quantizations"] = [model.quantizations for model in listings]
 answer["last_news"] = news[-1] if news else None
 print(json.dumps(answer))
 """
@@ -114,6 +116,7 @@ def test_a_model_of_the_hub(resolve_from_hub: Callable[..., dict[str, Any]]) -> 
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert (folder / "model.safetensors").read_bytes() == HUB_FILES["model.safetensors"]
     assert answer["listed"] == [REPOSITORY]
+    assert answer["quantizations"] == [["none", "q8_0", "int8"]]
     stage, done, total = answer["last_news"]
     assert (stage, done) == ("downloading", total)
     assert total >= 300_000
@@ -127,6 +130,7 @@ def test_a_gguf_file_of_the_hub(resolve_from_hub: Callable[..., dict[str, Any]])
     assert (answer["kind"], answer["name"]) == ("hub", "q4")
     assert Path(answer["path"]).read_bytes() == HUB_FILES["q4.gguf"]
     assert answer["listed"] == [f"{REPOSITORY}/q4.gguf"]
+    assert answer["quantizations"] == [[]]  # its header is damaged
 
 
 def test_what_the_hub_does_not_have(resolve_from_hub: Callable[..., dict[str, Any]]) -> None:
@@ -144,6 +148,7 @@ def test_listing(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (row.name, row.path) == ("smollm2-135m-instruct", smollm2_path)
     assert row.size_bytes > 350_000_000
     assert "Apache-2.0" in row.description
+    assert row.quantizations == ("none", "q8_0", "int8")
     monkeypatch.setenv("LLMSERVE_CACHE", str(tmp_path))
     [row] = [model for model in list_models() if model.kind == "embedded"]
     assert (row.path, row.size_bytes) == (None, embedded.CATALOGUE[0].download_bytes)

@@ -1,0 +1,69 @@
+"""The gRPC server: its port, its options, its services. Knows no method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from llmserve.api.v2_grpc_service import ErrorInterceptor, HealthService, InferenceService
+from llmserve.errors import ConfigError
+from llmserve.repository.data_plane import DataPlane
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcSettings:
+    """Triton's flags `--grpc-...`. Messages are unlimited unless set: clients choose their own limit."""
+
+    max_message_bytes: int = -1
+    response_compression: str = "none"  # none, deflate or gzip
+
+
+class GrpcServer:
+    """Serves `plane` on its own port, on the running event loop."""
+
+    def __init__(self, plane: DataPlane, host: str, port: int, settings: GrpcSettings | None = None) -> None:
+        settings = settings or GrpcSettings()
+        compressions = {
+            "none": grpc.Compression.NoCompression,
+            "deflate": grpc.Compression.Deflate,
+            "gzip": grpc.Compression.Gzip,
+        }
+        self._host = host
+        self.port = port  # the one bound, once started
+        self._server = grpc.aio.server(
+            interceptors=(ErrorInterceptor(),),
+            options=(
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
+            ),
+            compression=compressions[settings.response_compression],
+        )
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(plane), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(plane), self._server)
+        names = (
+            service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> None:
+        """Listens. Raises ConfigError if the port is not to be had."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{self.port}")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"Cannot listen on {host}:{self.port} for gRPC: {error}. Choose another --grpc-port."
+            ) from error
+        await self._server.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Takes no new calls; those in flight may finish within `drain_s` seconds, then they are cancelled."""
+        await self._server.stop(drain_s)

@@ -1,0 +1,243 @@
+"""One HTTP exchange of the v2 skin, in plain ASGI: its headers, its body within limits, its answer. Knows no route."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from llmserve.api.v2_errors import error_kind, error_text
+from llmserve.api.v2_settings import V2HttpSettings
+from llmserve.errors import InferenceError, InvalidRequestError, RequestTooLargeError
+
+JSON = b"application/json"
+OCTETS = b"application/octet-stream"
+TEXT = b"text/plain"
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+_JOIN_BELOW_BYTES = 65536  # up to here a copy is cheaper than one more write to the socket
+_WATCH_AFTER_S = 0.05  # quicker requests are over before anyone would notice that their client has gone
+
+Part = bytes | bytearray | memoryview
+
+
+@dataclass(slots=True)
+class HttpAnswer:
+    """What goes back, in one piece."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: bytes = JSON
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    parts: Sequence[Part] = ()  # follow `body`
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; what it had asked for is cancelled."""
+
+
+class HttpCall:
+    """A request while it is being answered. `model`, `version`, ... are what its path says."""
+
+    __slots__ = (
+        "headers",
+        "method",
+        "model",
+        "receive",
+        "region",
+        "repository",
+        "send",
+        "settings",
+        "started",
+        "status",
+        "version",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: V2HttpSettings) -> None:
+        self.method: str = scope["method"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.receive = receive
+        self.send = send
+        self.settings = settings
+        self.model = ""
+        self.version = ""
+        self.repository = ""
+        self.region = ""
+        self.started = False  # whether the answer's status has been sent
+        self.status = 500
+
+    async def read_body(self) -> bytes:
+        """All of it, decompressed. Raises RequestTooLargeError, InvalidRequestError, InferenceError."""
+        limit = self.settings.max_body_bytes
+        encoding = self.headers.get(b"content-encoding", b"")
+        if encoding and encoding not in (b"identity", b"gzip", b"deflate"):
+            raise InferenceError("Unsupported compression type", InferenceError.UNSUPPORTED)
+        declared = self.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(int(declared), limit)
+        message = await self._receive_body()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            chunks = [body]
+            size = len(body)
+            while message.get("more_body"):
+                message = await self._receive_body()
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > limit:
+                    raise _too_large(size, limit)
+                chunks.append(chunk)
+            body = b"".join(chunks)
+        if len(body) > limit:
+            raise _too_large(len(body), limit)
+        if encoding in (b"gzip", b"deflate"):
+            return await asyncio.to_thread(_decompress, body, limit)
+        return body
+
+    async def _receive_body(self) -> Message:
+        message = await self.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        return message
+
+    async def answer(self, answer: HttpAnswer) -> None:
+        """Sends it."""
+        parts = answer.parts
+        body = answer.body
+        length = len(body)
+        if parts:
+            length += sum(memoryview(part).nbytes for part in parts)
+            if length <= _JOIN_BELOW_BYTES:
+                body, parts = b"".join((body, *parts)), ()
+        headers = [(b"content-type", answer.content_type), (b"content-length", b"%d" % length), *answer.headers]
+        await self.start(answer.status, headers)
+        for part in parts:
+            await self.send({"type": "http.response.body", "body": body, "more_body": True})
+            body = memoryview(part).cast("B")  # type: ignore[assignment]
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Sends the status and the headers; the body follows."""
+        self.started, self.status = True, status
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def compress(self, body: bytes, parts: Sequence[Part]) -> tuple[bytes, bytes]:
+        """(encoding, compressed body) by what the client accepts; an empty encoding means: send it as it is."""
+        encoding = _preferred_encoding(self.headers.get(b"accept-encoding", b""))
+        if not encoding:
+            return b"", body
+        whole = b"".join((body, *parts))
+        if len(whole) <= _JOIN_BELOW_BYTES:
+            return encoding, _compress(whole, encoding)
+        return encoding, await asyncio.to_thread(_compress, whole, encoding)
+
+    def watch(self) -> DisconnectWatch:
+        """Cancels what runs inside when the client goes. The body must have been read."""
+        return DisconnectWatch(self.receive)
+
+
+class DisconnectWatch:
+    """Waits for the client's going only once a request takes long: an early answer pays one timer for it."""
+
+    __slots__ = ("_gone", "_receive", "_task", "_timer", "_watcher")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._begin)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._gone and kind is asyncio.CancelledError and not self._task.uncancel():
+            raise ClientGoneError from error
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.create_task(self._watch(), name="disconnect watch")
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._task.cancel()
+
+
+_STATUSES = {
+    InferenceError.INTERNAL: 500,
+    InferenceError.NOT_FOUND: 404,
+    InferenceError.UNAVAILABLE: 503,
+    InferenceError.UNSUPPORTED: 501,
+}  # all others: 400
+
+
+def error_status(error: BaseException) -> int:
+    """The HTTP status of an error, as Triton maps its codes."""
+    return _STATUSES.get(error_kind(error), 400)
+
+
+def error_answer(error: BaseException, status: int | None = None) -> HttpAnswer:
+    """`{"error": "..."}`."""
+    answer = HttpAnswer(msgspec.json.encode({"error": error_text(error)}), status or error_status(error))
+    if isinstance(error, RequestTooLargeError):
+        answer.headers.append((b"connection", b"close"))  # or the rest of the body would have to be read
+    if answer.status == 503:
+        answer.headers.append((b"retry-after", b"1"))
+    return answer
+
+
+def _too_large(size: int, limit: int) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"request JSON size of {size} bytes exceeds the maximum allowed input size of {limit} bytes"
+    )
+
+
+def _decompress(body: bytes, limit: int) -> bytes:
+    """gzip or zlib, whichever it is; never more than `limit` bytes of memory. Raises InvalidRequestError."""
+    window = _GZIP_WINDOW if body[:2] == b"\x1f\x8b" else zlib.MAX_WBITS
+    decompressor = zlib.decompressobj(window)
+    try:
+        plain = decompressor.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise InvalidRequestError(f"the compressed body cannot be read: {error}") from error
+    if len(plain) > limit:
+        raise _too_large(len(plain), limit)
+    if not decompressor.eof:
+        raise InvalidRequestError("the compressed body ends before its end")
+    return plain
+
+
+def _compress(body: bytes, encoding: bytes) -> bytes:
+    return gzip.compress(body, 1) if encoding == b"gzip" else zlib.compress(body, 1)
+
+
+def _preferred_encoding(accept: bytes) -> bytes:
+    """gzip or deflate, whichever the client prefers; empty if it accepts neither or prefers neither."""
+    if not accept:
+        return b""
+    best, best_quality = b"", 0.0
+    for item in accept.lower().split(b","):
+        name, _, parameters = item.partition(b";")
+        quality = 1.0
+        key, _, value = parameters.strip().partition(b"=")
+        if key.strip() == b"q":
+            try:
+                quality = float(value)
+            except ValueError:
+                quality = 0.0
+        if name.strip() in (b"gzip", b"deflate") and quality > best_quality:
+            best, best_quality = name.strip(), quality
+    return best

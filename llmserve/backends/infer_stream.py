@@ -1,0 +1,101 @@
+"""One request in flight: what its client iterates over, and what the model's side puts into it. Knows no model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Protocol
+
+from llmserve.errors import LLMServeError
+from llmserve.inference import InferRequest, InferResponse
+
+if TYPE_CHECKING:
+    from llmserve.backends.instance_pool import Instance
+    from llmserve.backends.validation import CheckedRequest
+
+
+class InferTarget(Protocol):
+    """Where the requests go."""
+
+    def submit(self, stream: InferStream) -> None:
+        """Takes a request. Raises LLMServeError if it is refused."""
+        ...
+
+    def cancel(self, stream: InferStream) -> None:
+        """Its client has gone."""
+        ...
+
+
+class InferStream(AsyncIterator[InferResponse]):
+    """Starts at the first `__anext__`. Ending it early, by `aclose` or by cancelling who waits, cancels the request."""
+
+    __slots__ = (
+        "_ready",
+        "_target",
+        "_waiter",
+        "arrival_ns",
+        "checked",
+        "dispatched_ns",
+        "done",
+        "id",
+        "instance",
+        "last_ns",
+        "num_responses",
+        "only_response",
+        "request",
+        "started",
+    )
+
+    def __init__(self, request: InferRequest, target: InferTarget) -> None:
+        self.request = request
+        self.started = False
+        self.done = False  # nothing more will be put in
+        self._target = target
+        self._ready: deque[InferResponse | LLMServeError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        # the model's side keeps its notes here
+        self.id = 0
+        self.arrival_ns = 0
+        self.dispatched_ns = 0
+        self.last_ns = 0  # when the response before was made
+        self.num_responses = 0
+        self.only_response: InferResponse | None = None
+        self.instance: Instance | None = None
+        self.checked: CheckedRequest
+
+    async def __anext__(self) -> InferResponse:
+        if not self.started:
+            self.started = True
+            self._target.submit(self)
+        while not self._ready:
+            if self.done:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                await self.aclose()
+                raise
+            finally:
+                self._waiter = None
+        item = self._ready.popleft()
+        if isinstance(item, LLMServeError):
+            self._ready.clear()
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        """Cancels the request if it is not finished."""
+        self._ready.clear()
+        if self.started and not self.done:
+            self.done = True
+            self._target.cancel(self)
+        self.started = self.done = True
+
+    def put(self, item: InferResponse | LLMServeError, final: bool) -> None:
+        """The next response, or the error that ends the stream."""
+        self.done = final
+        self._ready.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,162 @@
+"""One version of a model in the repository: its state, its labels and the requests it is answering. Runs no model."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from llmserve.errors import LLMServeError, ModelLoadError, QueueFullError
+from llmserve.general_metrics import ModelStatistics
+from llmserve.inference import InferRequest, InferResponse
+from llmserve.repository.model_config import complete_batching
+from llmserve.repository.model_folder import Fingerprint, ModelFolder, leaves_folder
+from llmserve.repository.model_version import ModelVersion, OpenVersion
+from llmserve.repository.warmup import warmup_requests
+
+logger = logging.getLogger(__name__)
+
+
+class VersionState(enum.StrEnum):
+    """The states of Triton's repository index."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+class ServedVersion:
+    """Opened from `folder`, started once, retired once. Takes requests while READY."""
+
+    def __init__(
+        self, name: str, version: int, folder: ModelFolder, fingerprint: Fingerprint, opener: OpenVersion
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.state = VersionState.LOADING
+        self.config = folder.config
+        self.labels: dict[str, list[str]] = {}  # output -> its classes, in order
+        self._reason = ""
+        self._num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._opener = opener
+        self._model: ModelVersion | None = None
+
+    @property
+    def model(self) -> ModelVersion:
+        """What runs it; there from `start` on."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are sent to it. It may still have to restart its process first."""
+        return self.state is VersionState.READY
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be run now."""
+        return self.state is VersionState.READY and self.model.is_ready()
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready."""
+        return self._reason or (self.model.reason if self.serving and not self.model.is_ready() else "")
+
+    def statistics(self) -> ModelStatistics:
+        """What happened to its requests."""
+        return self.model.statistics()
+
+    def explain(self) -> dict[str, Any]:
+        """Why its last batches had the size they had."""
+        return self.model.explain()
+
+    async def start(self) -> None:
+        """Loads it, reads its labels, warms it up; takes no requests yet. Raises what the load raised, with nothing
+        left running."""
+        folder = self.folder
+        folder.retain()
+        try:
+            self._model = self._opener(
+                self.name, str(self.version), folder.versions[self.version], folder.path, folder.config
+            )
+            await self._model.start()
+            self.config = complete_batching(self.model.config)
+            self.labels = read_labels(self.config, folder)
+            for request in warmup_requests(self.config, folder.path):
+                async for _ in self.model.infer(request):
+                    pass
+        except BaseException as error:
+            await self._close(drain_s=0.0)
+            text = error.message if isinstance(error, LLMServeError) else f"{type(error).__name__}: {error}"
+            self.fail(f"Internal: {text}")  # Triton's words
+            raise
+
+    def serve(self) -> None:
+        """From here on requests are sent to it."""
+        self.state = VersionState.READY
+
+    def fail(self, reason: str) -> None:
+        """It will not be served, and the index says why."""
+        self.state, self._reason = VersionState.UNAVAILABLE, reason
+
+    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """Answers a request. One that has begun is answered even when a reload retires this version meanwhile."""
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            async with aclosing(self.model.infer(request)) as responses:
+                async for response in responses:
+                    yield response
+        except QueueFullError as error:  # which request, as Triton says it: the queue knows only numbers
+            message = f"[request id: {request.id or '<id_unknown>'}] {error.message}"
+            raise QueueFullError(message, error.retry_after_s) from error
+        finally:
+            self._num_requests -= 1
+            if self._num_requests == 0:
+                self._idle.set()
+
+    async def retire(self, drain_s: float) -> None:
+        """Takes no more requests, finishes those it has within `drain_s` seconds, stops."""
+        self.state = VersionState.UNLOADING
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("Model %s version %s still answers after %.0f s: stopped.", self.name, self.version, drain_s)
+        await self._close(drain_s=0.0)
+        self.fail("unloaded")
+
+    async def _close(self, drain_s: float) -> None:
+        try:
+            if self._model is not None:
+                await self._model.stop(drain_s)
+        except LLMServeError as error:
+            logger.error("Model %s version %s did not stop cleanly: %s", self.name, self.version, error)
+        finally:
+            self.folder.release()
+
+
+def read_labels(config: ModelConfig, folder: ModelFolder) -> dict[str, list[str]]:
+    """The lines of every output's `label_filename`. Raises ModelLoadError."""
+    labels: dict[str, list[str]] = {}
+    for output in config.output:
+        if not output.label_filename:
+            continue
+        file = folder.path / output.label_filename
+        if leaves_folder(output.label_filename):
+            raise ModelLoadError(f"Model {folder.name!r}: label_filename {output.label_filename!r} leaves its folder.")
+        try:
+            labels[output.name] = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLoadError(f"Model {folder.name!r}: the labels {file} cannot be read: {error}") from error
+    return labels

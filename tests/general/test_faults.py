@@ -1,0 +1,330 @@
+"""Models that raise, exit, hang, are killed or stopped: what it costs, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmserve.backends.shared_memory import SegmentPool
+from llmserve.errors import LLMServeError, ModelExecutionError, ModelLoadError, NotReadyError
+from tests.general.general_models import (
+    IDENTITY,
+    MOODY,
+    PYTHON,
+    fp32,
+    infer,
+    is_alive,
+    open_descriptors,
+    running,
+    until,
+)
+
+RAISE, EXIT, SYS_EXIT, KILL, HANG, NONSENSE, PID, DEAF, GREEDY = range(1, 10)
+TWO = PYTHON + "instance_group [ { count: 2 kind: KIND_CPU } ]"
+
+
+@pytest.mark.parametrize(
+    ("mood", "text"),
+    [
+        (EXIT, r"ended \(exit status 7\)"),
+        (SYS_EXIT, r"ended \(exit status 8\)"),
+        (KILL, r"ended \(killed by signal 9\)"),
+        (HANG, "has not answered for 0.3 s: it is hung"),
+        (NONSENSE, "sent a message that cannot be read"),
+        (DEAF, "ended|hung"),
+    ],
+)
+def test_a_model_that_dies_costs_its_own_request_and_is_restarted(tmp_path: Path, mood: int, text: str) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}, execution_timeout_s=0.3) as model:
+            assert (await infer(model, INPUT0=fp32(0)))["OUTPUT0"] == 0
+            (old,) = model.pids
+            dying = asyncio.create_task(infer(model, INPUT0=fp32(mood)))
+            await asyncio.sleep(0)
+            waiting = asyncio.create_task(infer(model, INPUT0=fp32(0)))  # not the dead one's: served after the restart
+            with pytest.raises(ModelExecutionError, match=text):
+                await dying
+            assert not model.is_ready()
+            assert "m_0_0" in model.reason
+            assert (await waiting)["OUTPUT0"] == 0
+            assert model.is_ready()
+            assert model.reason == ""
+            assert not is_alive(old)
+            assert model.pids != [old]
+            assert model.statistics().fail.count == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("mood", "text"), [(RAISE, "RuntimeError: bad mood"), (GREEDY, "MemoryError")])
+def test_a_model_that_raises_goes_on_in_its_process(tmp_path: Path, mood: int, text: str) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}) as model:
+            pids = model.pids
+            with pytest.raises(ModelExecutionError, match=text):
+                await infer(model, INPUT0=fp32(mood))
+            assert (await infer(model, INPUT0=fp32(0)))["OUTPUT0"] == 0
+            assert model.pids == pids
+
+    asyncio.run(scenario())
+
+
+def test_without_memory_for_a_batch_only_the_batch_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": IDENTITY}) as model:
+            monkeypatch.setattr(SegmentPool, "_make", refuse)
+            with pytest.raises(ModelExecutionError, match="no memory"):
+                await infer(model, INPUT0=fp32(*range(100_000)))
+            assert (await infer(model, INPUT0=fp32(1)))["OUTPUT0"] == 1
+            monkeypatch.undo()
+            assert len((await infer(model, INPUT0=fp32(*range(100_000))))["OUTPUT0"]) == 100_000
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_raises_as_it_is_unloaded_is_unloaded(tmp_path: Path) -> None:
+    source = MOODY + "    def finalize(self): raise RuntimeError('never')\n"
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": source}):
+            started = time.monotonic()
+        assert time.monotonic() - started < 4  # not the unload's time-out
+
+    asyncio.run(scenario())
+
+
+def test_the_other_instances_serve_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}, TWO, execution_timeout_s=1.0) as model:
+            assert len(set(model.pids)) == 2
+            hung = asyncio.create_task(infer(model, INPUT0=fp32(HANG)))
+            await asyncio.sleep(0)
+            started = time.monotonic()
+            pids = {int((await infer(model, INPUT0=fp32(PID)))["OUTPUT0"][0]) for _ in range(20)}
+            assert len(pids) == 1
+            assert time.monotonic() - started < 0.9
+            assert model.is_ready()
+            with pytest.raises(ModelExecutionError, match="hung"):
+                await hung
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_process_is_not_ready_and_is_replaced_when_it_is_needed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}, execution_timeout_s=0.5) as model:
+            (pid,) = model.pids
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: not model.is_ready())
+            os.kill(pid, signal.SIGCONT)
+            await until(model.is_ready)
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(ModelExecutionError, match="hung"):
+                await infer(model, INPUT0=fp32(0))
+            assert (await infer(model, INPUT0=fp32(0)))["OUTPUT0"] == 0
+            assert not is_alive(pid)
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_model_that_is_killed_is_back_before_anybody_asks(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": IDENTITY}) as model:
+            (pid,) = model.pids
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: not model.is_ready())
+            await until(model.is_ready)
+            assert model.pids != [pid]
+            assert (await infer(model, INPUT0=fp32(3)))["OUTPUT0"] == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_keeps_dying_is_given_pauses_and_says_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}, min_backoff_s=0.4) as model:
+            for _ in range(2):
+                with pytest.raises(ModelExecutionError):
+                    await infer(model, INPUT0=fp32(KILL))
+            with pytest.raises(NotReadyError, match=r"waiting to be restarted.*killed by signal 9"):
+                await infer(model, INPUT0=fp32(0))
+            await until(model.is_ready)
+            assert (await infer(model, INPUT0=fp32(0)))["OUTPUT0"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_that_fails_fails_who_waits_for_it(tmp_path: Path) -> None:
+    source = f"import os\nif os.path.exists({str(tmp_path / 'broken')!r}): raise OSError('disk is gone')\n" + MOODY
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": source}, min_backoff_s=5.0) as model:
+            (tmp_path / "broken").touch()
+            dying = asyncio.create_task(infer(model, INPUT0=fp32(KILL)))
+            await asyncio.sleep(0)
+            waiting = asyncio.create_task(infer(model, INPUT0=fp32(0)))
+            with pytest.raises(ModelExecutionError):
+                await dying
+            with pytest.raises(NotReadyError, match="disk is gone"):
+                await waiting
+            assert "disk is gone" in model.reason
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("where", ["import", "initialize"])
+def test_a_load_that_hangs_is_ended(tmp_path: Path, where: str) -> None:
+    hang = "import threading; threading.Event().wait()"
+    source = hang if where == "import" else MOODY + f"    def initialize(self, args):\n        {hang}\n"
+
+    async def scenario() -> None:
+        before = psutil.Process().children()
+        with pytest.raises(ModelLoadError, match="within 1 s; it has been killed"):
+            async with running(tmp_path, {"model.py": source}, load_timeout_s=1.0):
+                pass
+        assert psutil.Process().children() == before
+
+    asyncio.run(scenario())
+
+
+def test_one_instance_that_cannot_load_ends_them_all(tmp_path: Path) -> None:
+    source = MOODY + (
+        "    def initialize(self, args):\n"
+        "        if args['model_instance_name'] == 'm_0_1': raise ValueError('not twice')\n"
+    )
+
+    async def scenario() -> None:
+        with pytest.raises(ModelLoadError, match="not twice"):
+            async with running(tmp_path, {"model.py": source}, TWO):
+                pass
+        assert psutil.Process().children() == []
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_will_not_unload_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    source = MOODY + (
+        "    def initialize(self, args):\n"
+        "        import subprocess\n"
+        f"        child = subprocess.Popen(['sleep', '1000'])\n"
+        f"        open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "    def finalize(self):\n        threading.Event().wait()\n"
+    )
+
+    async def scenario() -> int:
+        async with running(tmp_path, {"model.py": source}, unload_timeout_s=0.3):
+            child = int((tmp_path / "child").read_text())
+            assert is_alive(child)
+        return child
+
+    child = asyncio.run(scenario())
+    asyncio.run(until(lambda: not is_alive(child)))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_models_die_with_the_server_even_when_they_hang(tmp_path: Path, kill: signal.Signals) -> None:
+    server = textwrap.dedent(
+        f"""
+        import asyncio
+        from pathlib import Path
+        from tests.general.general_models import *
+        async def main():
+            async with running(Path({str(tmp_path)!r}), {{"model.py": MOODY}}) as model:
+                print(*model.pids, flush=True)
+                await infer(model, INPUT0=fp32({HANG}))
+        asyncio.run(main())
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", server], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert is_alive(pid)
+        process.send_signal(kill)
+    asyncio.run(until(lambda: not is_alive(pid)))
+
+
+def test_twenty_loads_leave_nothing_behind(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": IDENTITY}):
+            pass
+        before = open_descriptors()
+        shared = set(os.listdir("/dev/shm"))
+        for _ in range(20):
+            async with running(tmp_path, {"model.py": IDENTITY}) as model:
+                await infer(model, INPUT0=fp32(*range(50_000)))
+        assert open_descriptors() == before
+        assert set(os.listdir("/dev/shm")) == shared
+        assert psutil.Process().children(recursive=True) == []
+
+    asyncio.run(scenario())
+
+
+def test_requests_in_flight_finish_before_a_stop_and_later_ones_are_refused(tmp_path: Path) -> None:
+    source = IDENTITY.replace("responses = []", "responses = []; import time; time.sleep(0.3)")
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": source}) as model:
+            tasks = [asyncio.create_task(infer(model, INPUT0=fp32(i))) for i in range(3)]
+            await asyncio.sleep(0.05)
+            stopping = asyncio.create_task(model.stop(drain_s=5.0))
+            await asyncio.sleep(0)
+            with pytest.raises(NotReadyError, match="being unloaded"):
+                await infer(model, INPUT0=fp32(9))
+            assert [float((await task)["OUTPUT0"][0]) for task in tasks] == [0, 1, 2]
+            await stopping
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_that_waits_too_long_fails_what_is_left(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}, unload_timeout_s=0.2) as model:
+            task = asyncio.create_task(infer(model, INPUT0=fp32(HANG)))
+            await asyncio.sleep(0.05)
+            await model.stop(drain_s=0.1)
+            with pytest.raises(NotReadyError, match="unloaded"):
+                await task
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_model_never_ends_a_request_without_an_answer(tmp_path: Path) -> None:
+    """Killed again and again under load: every request ends, with its own answer or an error of ours."""
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": IDENTITY}, TWO, min_backoff_s=0.05) as model:
+            stop = asyncio.Event()
+            outcomes: list[bool] = []
+
+            async def client(value: float) -> None:
+                while not stop.is_set():
+                    try:
+                        outcomes.append(float((await infer(model, INPUT0=fp32(value)))["OUTPUT0"][0]) == value)
+                    except LLMServeError:
+                        await asyncio.sleep(0.01)
+
+            clients = [asyncio.create_task(client(i)) for i in range(6)]
+            for _ in range(6):
+                await asyncio.sleep(0.15)
+                if pids := [pid for pid in model.pids if is_alive(pid)]:
+                    os.kill(pids[0], signal.SIGKILL)
+            stop.set()
+            await asyncio.wait_for(asyncio.gather(*clients), 20)
+            assert all(outcomes)
+            assert len(outcomes) > 20
+            assert model.statistics().pending == 0
+
+    asyncio.run(scenario())
