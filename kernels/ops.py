@@ -71,6 +71,7 @@ class Ops(Protocol):
     """All ops of a decoder. Shapes: t tokens, h query heads, k kv heads, d head size, r rows."""
 
     name: str
+    weight_formats: tuple[str, ...]  # of `weight_formats.py`, those this implementation computes
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
         """Bytes one block of one layer takes, keys and values together."""
@@ -81,7 +82,17 @@ class Ops(Protocol):
         ...
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
-        """Packs a [out, in] weight; the caller drops its own reference. `fmt` "dense" keeps the dtype."""
+        """Packs a [out, in] weight; the caller drops its own reference. `fmt` "dense" keeps the dtype, "int8" and
+        "q8_0" make a byte of each weight, if `weight_formats` has them. Another is a ValueError."""
+        ...
+
+    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+        """Packs a GGUF matrix, raw uint8 [out, bytes of a row], and keeps its format; the caller drops its own
+        reference. Rows may have been joined or permuted. A type that is not in `weight_formats` is a ValueError."""
+        ...
+
+    def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
+        """`nbytes` of a matrix packed in that format (`dtype`: of a dense one), known before it is packed."""
         ...
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from llmserve.kernels.cpu_linear import OneDnnLinearWeight, can_pack
 from llmserve.kernels.memory import cache_zeros
 from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
 from llmserve.kernels.reference_sampling import sample
+from llmserve.kernels.weight_formats import DENSE
 
 _KEY_TILE = 128  # keys are summed tile by tile, and tiles stand at fixed positions of the sequence
 _QUERY_TILE = 128  # query rows of one prompt computed at once: bounds the score matrix
@@ -58,6 +59,7 @@ class ReferenceOps:
     """Implements `Ops`. Has no state."""
 
     name = "reference"
+    weight_formats: tuple[str, ...] = (DENSE,)
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
         return 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
@@ -67,9 +69,17 @@ class ReferenceOps:
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
         """Only "dense" is known here; another `fmt` is a ValueError."""
-        if fmt != "dense":
+        if fmt != DENSE:
             raise ValueError(f"The reference ops know the weight format 'dense', not {fmt!r}.")
         return OneDnnLinearWeight(weight, bias) if can_pack(weight) else DenseLinearWeight(weight, bias)
+
+    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+        """Always a ValueError: dequantise, and pack the dense matrix."""
+        raise ValueError(f"The reference ops know the weight format 'dense', not {ggml_type!r}.")
+
+    def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
+        assert fmt in self.weight_formats
+        return (out_features * in_features + out_features * has_bias) * dtype.itemsize
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """What torch's products have rounded to x's dtype, `out_dtype` does not bring back."""

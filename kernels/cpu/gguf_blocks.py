@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from llmserve.kernels.cpu.weights import GROUP, CPULinearWeight, pad_rows
+from llmserve.kernels.cpu.weights import GROUP, CPULinearWeight, pad_rows, row_slices
+from llmserve.kernels.weight_formats import GGUF_FORMATS
 
 BLOCK = 32
-_SUPER_BLOCK = 256
-# name -> (weights a block, bytes a block)
-GGUF_FORMATS = {"q8_0": (BLOCK, 34), "q4_0": (BLOCK, 18), "q4_1": (BLOCK, 20), "q4_k": (_SUPER_BLOCK, 144)}
 
 
 def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None) -> CPULinearWeight:
@@ -27,17 +25,38 @@ def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None) -> C
     if raw.dtype != torch.uint8 or row_bytes % block_bytes:
         raise ValueError(f"{name} rows are uint8 in blocks of {block_bytes} bytes, not {raw.dtype} [{row_bytes}].")
     in_features = row_bytes // block_bytes * weights
-    blocks = raw.reshape(out_features, -1, block_bytes)
-    if name == "q4_k":
-        blocks = _q4_1_from_q4_k(blocks)
     kernel = "q4_1" if name == "q4_k" else name
+    group_bytes = GROUP * GGUF_FORMATS[kernel][1]
+    data = torch.empty((-(-out_features // GROUP), in_features // BLOCK, group_bytes), dtype=torch.uint8)
+    for part, groups in row_slices(out_features, in_features):
+        blocks = raw[part].reshape(part.stop - part.start, -1, block_bytes)
+        data[groups] = _pack_blocks(_q4_1_from_q4_k(blocks) if name == "q4_k" else blocks, kernel)
+    return CPULinearWeight(name, kernel, (out_features, in_features), in_features, data, bias=bias)
+
+
+def pack_q8_0(weight: torch.Tensor, bias: torch.Tensor | None) -> CPULinearWeight:
+    """[out, in] of any float type -> blocks of Q8_0: 32 signed bytes and their scale (absmax / 127) in fp16."""
+    rows, columns = weight.shape
+    if columns % BLOCK:
+        raise ValueError(f"Rows of {columns} elements cannot be cut into the blocks of 32 that q8_0 needs.")
+    data = torch.empty((-(-rows // GROUP), columns // BLOCK, GROUP * GGUF_FORMATS["q8_0"][1]), dtype=torch.uint8)
+    for part, groups in row_slices(rows, columns):
+        values = weight[part].float().reshape(-1, columns // BLOCK, BLOCK)
+        scales = values.abs().amax(dim=2, keepdim=True) / 127
+        quants = (values / scales.clamp(min=1e-35)).round_().to(torch.int8)
+        blocks = torch.cat((scales.half().view(torch.uint8), quants.view(torch.uint8)), dim=2)
+        data[groups] = _pack_blocks(blocks, "q8_0")
+    return CPULinearWeight("q8_0", "q8_0", (rows, columns), columns, data, bias=bias)
+
+
+def _pack_blocks(blocks: torch.Tensor, kernel: str) -> torch.Tensor:
+    """uint8 [rows, blocks, bytes of a block] -> uint8 [rows / 16, blocks, bytes of 16 blocks]."""
     num_factors = 2 if kernel == "q4_1" else 1
     factors = blocks[:, :, : 2 * num_factors]  # fp16 as bytes [out, blocks, 2 or 4]
     quants = blocks[:, :, 2 * num_factors :]
     if kernel == "q8_0":
         quants = quants ^ 0x80  # signed -> unsigned, + 128
-    data = _interleave(factors, quants, num_factors)
-    return CPULinearWeight(name, kernel, (out_features, in_features), in_features, data, bias=bias)
+    return _interleave(factors, quants, num_factors)
 
 
 def _interleave(factors: torch.Tensor, quants: torch.Tensor, num_factors: int) -> torch.Tensor:

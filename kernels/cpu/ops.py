@@ -12,11 +12,12 @@ import os
 import torch
 import torch.nn.functional as F
 
-from llmserve.kernels.cpu.gguf_blocks import pack_gguf
+from llmserve.kernels.cpu.gguf_blocks import pack_gguf, pack_q8_0
 from llmserve.kernels.cpu.library import BF16, F32, KVCacheStruct, Library, StepMetaStruct, load_library
-from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8
+from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8, packed_bytes
 from llmserve.kernels.memory import cache_zeros
 from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
+from llmserve.kernels.weight_formats import ALL_FORMATS, DENSE, INT8, Q8_0
 
 _DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 SUPPORTED_DTYPES = tuple(_DTYPES)
@@ -42,6 +43,7 @@ class CPUOps:
     """Implements `Ops` by the C kernels. Tensors are on the CPU, rows contiguous, one dtype throughout."""
 
     name = "cpu"
+    weight_formats: tuple[str, ...] = ALL_FORMATS
 
     def __init__(self, library: Library) -> None:
         self.isa = library.isa
@@ -60,11 +62,14 @@ class CPUOps:
         return CPUKVCache(spec, num_blocks)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
-        """`fmt` "dense" keeps float32 or bfloat16; "int8" makes W8A8. Another is a ValueError."""
-        if fmt == "int8":
+        """`fmt` "dense" keeps float32 or bfloat16; "int8" makes W8A8, and so does "q8_0", by blocks of 32 weights and
+        activations with a scale each. Another is a ValueError."""
+        if fmt == INT8:
             return pack_int8(weight, bias)
-        if fmt != "dense":
-            raise ValueError(f"The CPU kernels know the weight formats 'dense' and 'int8', not {fmt!r}.")
+        if fmt == Q8_0:
+            return pack_q8_0(weight, bias)
+        if fmt != DENSE:
+            raise ValueError(f"The CPU kernels make the weight formats 'dense', 'int8' and 'q8_0', not {fmt!r}.")
         _dtype_of(weight)
         return pack_dense(weight, bias)
 
@@ -72,6 +77,9 @@ class CPUOps:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
         "q4_0", "q4_1" or "q4_k". Rows may be joined (qkv) or permuted before. Another type is a ValueError."""
         return pack_gguf(raw, ggml_type, bias)
+
+    def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
+        return packed_bytes(fmt, out_features, in_features, dtype.itemsize, has_bias)
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         assert isinstance(weight, CPULinearWeight)
@@ -105,7 +113,8 @@ class CPUOps:
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         assert weight.dtype is torch.float32
-        assert residual.is_contiguous() and residual.dtype == torch.float32
+        assert residual.is_contiguous()
+        assert residual.dtype is torch.float32
         rows, n = x.shape
         out = torch.empty_like(x)
         self._library.rms_norm(

@@ -8,6 +8,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,10 +17,10 @@
 #include "simd.h"
 
 #define SPIN_NS 60000
-/* When a worker kept the caller waiting for longer than its own work took, somebody else wants that core: the next
- * SOLO_RUNS operations (about a time slice of decoding) are done alone. */
-#define STALL_NS 20000
-#define SOLO_RUNS 128
+/* A worker that kept the caller waiting for longer than the caller's own share took has lost its core to somebody else.
+ * For the next MIN_SOLO_NS (about a time slice) operations are then done alone; for twice as long if it happens again
+ * before CALM operations have gone well, at most MAX_SOLO_NS. */
+enum { STALL_NS = 20000, MIN_SOLO_NS = 1000000, MAX_SOLO_NS = 16000000, CALM = 256 };
 
 struct Pool {
     int num_threads; /* the caller included */
@@ -27,7 +28,8 @@ struct Pool {
     TileFn fn;
     const void *job;
     int num_tiles;
-    int solo; /* operations still to be done alone */
+    int64_t solo_until, penalty_ns; /* alone until then; and for how long the next time */
+    int calm;                       /* shared operations that went well since */
     _Alignas(64) atomic_int next;   /* the next tile to claim */
     _Alignas(64) atomic_int epoch;  /* counts operations */
     atomic_int open;                /* an operation may be joined */
@@ -114,21 +116,30 @@ static void wait_for_workers(Pool *pool) {
     pthread_mutex_unlock(&pool->sleep_lock);
 }
 
-static void run_shared(Pool *pool, TileFn fn, const void *job, int num_tiles) {
+/* After a shared operation: was the caller's wait out of proportion to its own work? */
+static void judge(Pool *pool, int64_t worked, int64_t waited, int64_t now) {
+    if (waited > worked + STALL_NS) {
+        pool->solo_until = now + pool->penalty_ns;
+        pool->penalty_ns = 2 * pool->penalty_ns < MAX_SOLO_NS ? 2 * pool->penalty_ns : MAX_SOLO_NS;
+        pool->calm = 0;
+    } else if (++pool->calm >= CALM) {
+        pool->penalty_ns = MIN_SOLO_NS;
+    }
+}
+
+static void run_shared(Pool *pool, TileFn fn, const void *job, int num_tiles, int64_t start) {
     pool->fn = fn;
     pool->job = job;
     pool->num_tiles = num_tiles;
     atomic_store(&pool->next, 0);
     atomic_store(&pool->open, 1);
-    int64_t start = now_ns();
     wake_workers(pool, num_tiles - 1);
     claim_tiles(pool);
     atomic_store(&pool->open, 0);
     int64_t claimed = now_ns();
     wait_for_workers(pool);
-#ifndef NOSOLO
-    if (now_ns() - claimed > claimed - start + STALL_NS) pool->solo = SOLO_RUNS;
-#endif
+    int64_t end = now_ns();
+    judge(pool, claimed - start, end - claimed, end);
 }
 
 static void run_alone(TileFn fn, const void *job, int num_tiles) {
@@ -141,12 +152,9 @@ void pool_run(Pool *pool, TileFn fn, const void *job, int num_tiles) {
         run_alone(fn, job, num_tiles);
         return;
     }
-    if (pool->solo > 0) {
-        pool->solo--;
-        run_alone(fn, job, num_tiles);
-    } else {
-        run_shared(pool, fn, job, num_tiles);
-    }
+    int64_t now = now_ns();
+    if (now < pool->solo_until) run_alone(fn, job, num_tiles);
+    else run_shared(pool, fn, job, num_tiles, now);
     pthread_mutex_unlock(&pool->run_lock);
 }
 
@@ -164,6 +172,21 @@ EXPORT void llm_pool_destroy(Pool *pool) {
     free(pool);
 }
 
+/* Puts a worker on the n-th core this process may use, if there is one: woken workers otherwise tend to land on the
+ * caller's core and wait there for it. The caller's thread stays free to move away from whatever shares its core. */
+static void pin(pthread_t worker, int n) {
+#ifdef __linux__
+    cpu_set_t allowed, core;
+    CPU_ZERO(&core);
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    for (int i = 0; i < CPU_SETSIZE; i++)
+        if (CPU_ISSET(i, &allowed) && n-- == 0) CPU_SET(i, &core);
+    if (CPU_COUNT(&core)) pthread_setaffinity_np(worker, sizeof core, &core);
+#else
+    (void)worker, (void)n;
+#endif
+}
+
 /* A pool of `num_threads`, the caller's thread counted; fewer if the system gives no more. NULL: out of memory. */
 EXPORT Pool *llm_pool_create(int num_threads) {
     Pool *pool = NULL;
@@ -176,8 +199,10 @@ EXPORT Pool *llm_pool_create(int num_threads) {
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
     pool->num_threads = 1;
+    pool->penalty_ns = MIN_SOLO_NS;
     for (int i = 0; i < num_threads - 1; i++) {
         if (pthread_create(&pool->workers[i], NULL, worker_main, pool)) break;
+        pin(pool->workers[i], i + 1);
         pool->num_threads++;
     }
     return pool;

@@ -141,8 +141,9 @@ static float nucleus(const float *x, int64_t n, float max, float threshold, floa
     }
     int bin = BINS - 1;
     double reached = mass[bin];
-    while (reached < top_p * total * (1 + 1e-6) && bin > 0) reached += mass[--bin];
+    while ((reached == 0 || reached < top_p * total * (1 + 1e-6)) && bin > 0) reached += mass[--bin];
     int64_t count = sorted_head(x, n, bin, head), last = 0;
+    if (count == 0) return max; /* no mass anywhere: a row of NaN */
     float before = 0;
     for (int64_t i = 0; i < count && head[i] >= threshold && (i == 0 || before < top_p); i++) {
         last = i;

@@ -6,13 +6,16 @@ Layout as in gemm.h: groups of 16 outputs, and within a group [lanes of k][16], 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from llmserve.kernels.cpu.library import FORMATS, WeightStruct
+from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS, INT8
 
 GROUP = 16
+_SLICE_ELEMENTS = 1 << 20  # of a matrix quantised or reordered at once: what that takes beside the result
 
 
 class CPULinearWeight:
@@ -56,12 +59,36 @@ def pack_dense(weight: torch.Tensor, bias: torch.Tensor | None) -> CPULinearWeig
 
 def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> CPULinearWeight:
     """[out, in] of any float type -> signed bytes, symmetric, one scale an output (absmax / 127)."""
-    values = weight.float()
-    scales = values.abs().amax(dim=1) / 127
-    quants = (values / scales.clamp(min=1e-35)[:, None]).round_().clamp_(-127, 127)
-    offset = _pad_columns(quants, 4).add_(128).to(torch.uint8)
-    shape = (weight.shape[0], weight.shape[1])
-    return CPULinearWeight("int8", "int8", shape, offset.shape[1], pack_lanes(offset), pad_rows(scales), bias)
+    rows, columns = weight.shape
+    padded_in = columns + -columns % 4
+    data = torch.empty((-(-rows // GROUP), padded_in // 4, GROUP), dtype=torch.int32)
+    scales = torch.empty(rows)
+    for part, groups in row_slices(rows, columns):
+        values = weight[part].float()
+        scales[part] = values.abs().amax(dim=1) / 127
+        quants = (values / scales[part].clamp(min=1e-35)[:, None]).round_().clamp_(-127, 127)
+        data[groups] = pack_lanes(_pad_columns(quants, 4).add_(128).to(torch.uint8))
+    return CPULinearWeight(INT8, INT8, (rows, columns), padded_in, data, pad_rows(scales), bias)
+
+
+def packed_bytes(fmt: str, out_features: int, in_features: int, dtype_bytes: int, has_bias: bool) -> int:
+    """`nbytes` of a matrix in that format before it is packed: rows are padded to 16, columns to 4 bytes."""
+    rows = out_features + -out_features % GROUP
+    bias_bytes = 4 * rows if has_bias else 0
+    if fmt == DENSE:
+        return rows * (in_features * dtype_bytes + -in_features * dtype_bytes % 4) + bias_bytes
+    if fmt == INT8:
+        return rows * (in_features + -in_features % 4) + 4 * rows + bias_bytes
+    weights, block_bytes = GGUF_FORMATS["q4_1" if fmt == "q4_k" else fmt]
+    return rows * (in_features // weights) * block_bytes + bias_bytes
+
+
+def row_slices(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Rows in slices of whole groups, and the groups they become: a large matrix is never in memory twice."""
+    step = max(_SLICE_ELEMENTS // columns // GROUP, 1) * GROUP
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), slice(start // GROUP, -(-stop // GROUP))
 
 
 def pack_lanes(matrix: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from llmserve.errors import ModelLoadError
+from llmserve.gguf_file import GGUFFile, read_gguf
 from llmserve.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
 from llmserve.models.config import ModelConfig, RopeConfig, yarn_magnitude
-from llmserve.models.gguf_file import GgufFile
 
 _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -25,7 +25,7 @@ _END_TEXTS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_t
 
 def config_from_gguf(path: Path) -> ModelConfig:
     """Raises ModelLoadError for a damaged file, a missing key, and for what is not supported."""
-    file = GgufFile(path)
+    file = read_gguf(path)
     reader = _Metadata(file)
     row = ARCHITECTURES[GGUF_ARCHITECTURES[reader.arch]]
     num_layers, hidden_size = reader.integer("block_count"), reader.integer("embedding_length")
@@ -65,16 +65,16 @@ def config_from_gguf(path: Path) -> ModelConfig:
         activation="gelu_tanh" if row.gemma else "silu",
         dtype=_dtype(file),
         eos_token_ids=_eos_token_ids(file),
-        bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
     )
 
 
 class _Metadata:
     """Typed access to the keys of the file's own architecture."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GGUFFile) -> None:
         self.file = file
-        self.arch = file.get("general.architecture")
+        self.arch: str = file.require("general.architecture", str)
         if self.arch not in GGUF_ARCHITECTURES:
             raise ModelLoadError(
                 f"{file.path}: the GGUF architecture {self.arch!r} is not supported. "
@@ -82,7 +82,7 @@ class _Metadata:
             )
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value = self.file.get(f"{self.arch}.{key}", default)
+        value = self.file.metadata.get(f"{self.arch}.{key}", default)
         if isinstance(value, list) and len(set(value)) == 1:  # one number a layer, all the same
             value = value[0]
         if not isinstance(value, int) or value < 1:
@@ -90,7 +90,7 @@ class _Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.file.get(f"{self.arch}.{key}", default)
+        value = self.file.metadata.get(f"{self.arch}.{key}", default)
         if not isinstance(value, int | float):
             raise self._error(key, "a number", value)
         return float(value)
@@ -112,7 +112,7 @@ def _rope(reader: _Metadata, default_theta: float, head_dim: int) -> RopeConfig:
         raise ModelLoadError(f"{reader.file.path}: rotating {rotated} of {head_dim} elements is not supported.")
     if _ROPE_FACTORS in reader.file.tensors:
         return RopeConfig(theta=theta, kind="factors", freq_factors=_rope_factors(reader.file, head_dim))
-    kind = reader.file.get(f"{reader.arch}.rope.scaling.type", "none")
+    kind = reader.file.metadata.get(f"{reader.arch}.rope.scaling.type", "none")
     factor = reader.number("rope.scaling.factor", 1.0)
     if kind == "none" or factor == 1.0:
         return RopeConfig(theta=theta)
@@ -131,14 +131,14 @@ def _rope(reader: _Metadata, default_theta: float, head_dim: int) -> RopeConfig:
     raise ModelLoadError(f"{reader.file.path}: rope scaling {kind!r} is not supported. Supported: none, linear, yarn.")
 
 
-def _rope_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
+def _rope_factors(file: GGUFFile, head_dim: int) -> tuple[float, ...]:
     tensor = file.tensors[_ROPE_FACTORS]
     if tensor.type_name != "F32" or tensor.shape != (head_dim // 2,):
         raise ModelLoadError(
             f"{file.path}: the tensor {_ROPE_FACTORS!r} must be F32 [{head_dim // 2}]; "
             f"it is {tensor.type_name} {list(tensor.shape)}."
         )
-    return struct.unpack_from(f"<{head_dim // 2}f", file.buffer, tensor.offset)
+    return struct.unpack_from(f"<{head_dim // 2}f", file.map(), tensor.offset)
 
 
 def _sliding_windows(reader: _Metadata, pattern: int, num_layers: int) -> tuple[int, ...]:
@@ -149,15 +149,15 @@ def _sliding_windows(reader: _Metadata, pattern: int, num_layers: int) -> tuple[
     return tuple(window if not pattern or (layer + 1) % pattern else 0 for layer in range(num_layers))
 
 
-def _dtype(file: GgufFile) -> str:
+def _dtype(file: GGUFFile) -> str:
     """The type most matrices have; quantised ones have no torch type, bfloat16 holds what they hold."""
     types = Counter(tensor.type_name for tensor in file.tensors.values() if len(tensor.shape) == 2)
     return _FLOAT_DTYPES.get(types.most_common(1)[0][0], "bfloat16")
 
 
-def _eos_token_ids(file: GgufFile) -> tuple[int, ...]:
-    ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens = file.get("tokenizer.ggml.tokens", [])
+def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
+    ids = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     wanted = set(_END_TEXTS)
     ids += [token_id for token_id, text in enumerate(tokens) if text in wanted]
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))

@@ -63,6 +63,17 @@ class DecoderLayer:
     post_mlp_norm: torch.Tensor | None
     eps: float
 
+    @property
+    def linears(self) -> list[LinearWeight]:
+        """Its packed matrices."""
+        return [self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down]
+
+    @property
+    def norms(self) -> list[torch.Tensor]:
+        """The norm weights it has."""
+        optional = (self.attention.q_norm, self.attention.k_norm, self.post_attention_norm, self.post_mlp_norm)
+        return [self.attention_norm, self.mlp_norm, *(norm for norm in optional if norm is not None)]
+
     def forward(
         self, normed: torch.Tensor, residual: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache
     ) -> torch.Tensor:

@@ -39,6 +39,13 @@ class LlamaModel:
         return self._embedding.dtype
 
     @property
+    def nbytes(self) -> int:
+        """Memory the weights take, norms included."""
+        packed = [linear.nbytes for layer in self._layers for linear in layer.linears] + [self._lm_head.nbytes]
+        norms = [norm.nbytes for layer in self._layers for norm in layer.norms] + [self._next_norms[-1].nbytes]
+        return self._embedding.nbytes + sum(packed) + sum(norms)
+
+    @property
     def device(self) -> torch.device:
         return self._embedding.device
 

@@ -4,52 +4,54 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 
 from llmserve.kernels.ops import LinearWeight, Ops
+from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS
 from llmserve.models.config import ModelConfig, RopeConfig
 from llmserve.models.layers import MLP, Attention, DecoderLayer
 from llmserve.models.llama import LlamaModel
-from llmserve.models.parameters import EMBEDDING, FINAL_NORM, LM_HEAD, check_tensors, expected_tensors, layer_prefix
+from llmserve.models.parameters import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    LinearParameter,
+    expected_tensors,
+    layer_prefix,
+    linear_parameters,
+)
 from llmserve.models.rope import build_cos_sin
-from llmserve.models.weights import WeightSource, open_weights
+from llmserve.models.weights import WeightSource
 
 Progress = Callable[[int, int], None]  # bytes of the files read so far, bytes in all
 
 
 def load_model(
-    path: str | Path,
+    source: WeightSource,
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     ops: Ops,
-    weight_format: str = "dense",
+    formats: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     max_model_len: int | None = None,
 ) -> LlamaModel:
-    """Loads a Hugging Face folder or a .gguf file whose configuration is `config`.
+    """Loads the weights of an opened source whose configuration is `config`.
 
-    Memory never holds more than the model, its largest fused parameter, and a slice being dequantised.
-    `weight_format` is for the layers' matrices and the head; embeddings and norms stay dense, norms in float32.
-    `max_model_len` bounds the positions; the model's own maximum if None.
-    Raises ModelLoadError, naming file and tensor, for what is damaged, missing, misshapen or not known to the model;
-    all of it before the first weight is read.
+    Memory never holds more than the model, its largest fused parameter, and a slice being quantised or dequantised.
+    `formats` is that of each `LinearParameter` by name, "dense" if None; one of GGUF's must be the type of all its
+    parts, but "q8_0" can be made of any. Embeddings and norms stay dense, norms in float32. `max_model_len` bounds
+    the positions; the model's own maximum if None. Raises ModelLoadError, naming file and tensor, for a type that
+    cannot be dequantised.
     """
-    source = open_weights(Path(path), config)
-    check_tensors(config, source.shapes, source.where)
-    reader = _ParameterReader(source, config, dtype, device, ops, weight_format, progress)
+    reader = _ParameterReader(source, config, dtype, device, ops, formats or {}, progress)
     tables = _cos_sin_tables(config, max_model_len or config.max_position_embeddings, device)
     embedding = reader.matrix([EMBEDDING])
     layers = [_load_layer(reader, config, ops, layer, tables) for layer in range(config.num_layers)]
     final_norm = reader.norm(FINAL_NORM)
-    lm_head = (
-        ops.pack_linear(embedding, None, weight_format)
-        if config.tie_word_embeddings
-        else reader.linear([LM_HEAD.removesuffix(".weight")], has_bias=False)
-    )
+    lm_head = reader.linear(LM_HEAD.removesuffix(".weight"), embedding if config.tie_word_embeddings else None)
     return LlamaModel(config, ops, embedding, layers, final_norm, lm_head)
 
 
@@ -63,7 +65,7 @@ class _ParameterReader:
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
-        weight_format: str,
+        formats: Mapping[str, str],
         progress: Progress | None,
     ) -> None:
         self._source = source
@@ -71,16 +73,34 @@ class _ParameterReader:
         self._dtype = dtype
         self._device = device
         self._ops = ops
-        self._weight_format = weight_format
+        self._linears = {matrix.name: matrix for matrix in linear_parameters(config)}
+        self._formats = formats
         self._progress = progress
+        self._pending = set(expected_tensors(config))
         self._done_bytes = 0
         self._total_bytes = sum(source.nbytes(name) for name in expected_tensors(config))
 
-    def linear(self, names: list[str], *, has_bias: bool) -> LinearWeight:
-        """One packed matrix from the named ones, stacked by rows; so are their biases."""
-        weight = self.matrix([f"{name}.weight" for name in names])
-        bias = self.matrix([f"{name}.bias" for name in names]) if has_bias else None
-        return self._ops.pack_linear(weight, bias, self._weight_format)
+    def linear(self, name: str, dense: torch.Tensor | None = None) -> LinearWeight:
+        """The packed matrix of that name, from its parts; `dense` is its dense form if that has been read already."""
+        linear = self._linears[name]
+        fmt = self._formats.get(name, DENSE)
+        types = {self._source.types[f"{part}.weight"].lower() for part in linear.parts}
+        bias = self.matrix([f"{part}.bias" for part in linear.parts]) if linear.has_bias else None
+        if fmt in GGUF_FORMATS and types == {fmt}:
+            return self._ops.pack_quantized(self._blocks(linear, fmt), fmt, bias)
+        weight = dense if dense is not None else self.matrix([f"{part}.weight" for part in linear.parts])
+        return self._ops.pack_linear(weight, bias, fmt)
+
+    def _blocks(self, linear: LinearParameter, fmt: str) -> torch.Tensor:
+        """Rows of blocks as in the file, uint8 [out, bytes of a row]."""
+        names = [f"{part}.weight" for part in linear.parts]
+        weights, block_bytes = GGUF_FORMATS[fmt]
+        shape = (linear.out_features, linear.in_features // weights * block_bytes)
+        stacked = _allocate(shape, torch.uint8, self._device)
+        for name, part in zip(names, torch.split(stacked, [self._source.shapes[n][0] for n in names]), strict=True):
+            self._source.read_raw(name, part)
+            self._report(name)
+        return stacked
 
     def matrix(self, names: list[str]) -> torch.Tensor:
         """The named tensors stacked along their first dimension."""
@@ -98,6 +118,12 @@ class _ParameterReader:
 
     def _read(self, name: str, out: torch.Tensor) -> None:
         self._source.read(name, out)
+        self._report(name)
+
+    def _report(self, name: str) -> None:
+        if name not in self._pending:
+            return  # a tied embedding's blocks are read once more, for the head
+        self._pending.remove(name)
         self._done_bytes += self._source.nbytes(name)
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
@@ -124,8 +150,8 @@ def _load_layer(
     attention = Attention(
         ops=ops,
         num_heads=config.num_heads,
-        qkv=reader.linear([f"{prefix}self_attn.{part}_proj" for part in "qkv"], has_bias=config.qkv_bias),
-        o=reader.linear([f"{prefix}self_attn.o_proj"], has_bias=config.o_bias),
+        qkv=reader.linear(f"{prefix}self_attn.qkv_proj"),
+        o=reader.linear(f"{prefix}self_attn.o_proj"),
         q_norm=reader.norm(f"{prefix}self_attn.q_norm.weight") if config.qk_norm else None,
         k_norm=reader.norm(f"{prefix}self_attn.k_norm.weight") if config.qk_norm else None,
         eps=config.rms_norm_eps,
@@ -136,8 +162,8 @@ def _load_layer(
     )
     mlp = MLP(
         ops=ops,
-        gate_up=reader.linear([f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"], has_bias=config.mlp_bias),
-        down=reader.linear([f"{prefix}mlp.down_proj"], has_bias=config.mlp_bias),
+        gate_up=reader.linear(f"{prefix}mlp.gate_up_proj"),
+        down=reader.linear(f"{prefix}mlp.down_proj"),
         activation_and_mul=ops.silu_and_mul if config.activation == "silu" else ops.gelu_and_mul,
     )
     # Hugging Face's "post_attention_layernorm" stands before the MLP, except where there are post-norms.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from llmserve.errors import ModelLoadError
 from llmserve.models.config import ModelConfig
@@ -11,10 +12,28 @@ from llmserve.models.config import ModelConfig
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+# Matrices with one input are stacked into one: name -> the tensors it is made of, and which bias they have.
+_LAYER_LINEARS = {
+    "self_attn.qkv_proj": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "qkv_bias"),
+    "self_attn.o_proj": (("self_attn.o_proj",), "o_bias"),
+    "mlp.gate_up_proj": (("mlp.gate_proj", "mlp.up_proj"), "mlp_bias"),
+    "mlp.down_proj": (("mlp.down_proj",), "mlp_bias"),
+}
 _NORM_BYTES = 4  # norm weights are kept in float32 whatever the model's type
 _MAX_NAMES_IN_ERROR = 5
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearParameter:
+    """A matrix the model multiplies by. The tensors `<part>.weight` are its rows, `<part>.bias` likewise."""
+
+    name: str
+    parts: tuple[str, ...]
+    out_features: int
+    in_features: int
+    has_bias: bool
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -38,18 +57,32 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
-def weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of memory the loaded weights take at most, in the "dense" format.
+def linear_parameters(config: ModelConfig) -> Iterator[LinearParameter]:
+    """Every matrix the model multiplies by, the head last; tied, it is made of the embedding."""
+    shapes = expected_tensors(config)
+    biases = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias, "mlp_bias": config.mlp_bias}
+    for layer in range(config.num_layers):
+        prefix = layer_prefix(layer)
+        for name, (stems, bias) in _LAYER_LINEARS.items():
+            parts = tuple(f"{prefix}{stem}" for stem in stems)
+            sizes = [shapes[f"{part}.weight"] for part in parts]
+            rows = sum(size[0] for size in sizes)
+            yield LinearParameter(f"{prefix}{name}", parts, rows, sizes[0][1], biases[bias])
+    head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
+    name, part = (tensor.removesuffix(".weight") for tensor in (LM_HEAD, head))
+    yield LinearParameter(name, (part,), config.vocab_size, config.hidden_size, has_bias=False)
+
+
+def weight_bytes(config: ModelConfig, dtype_bytes: int, linear_bytes: Callable[[LinearParameter], int]) -> int:
+    """Bytes of memory the loaded weights take at most; `linear_bytes` tells what a packed matrix does.
 
     Tied embeddings count twice: a head packed for multiplication cannot also be looked up by row. (An implementation
     that multiplies by the plain matrix shares it and takes less.)
     """
     tensors = expected_tensors(config)
-    matrices = sum(math.prod(shape) for name, shape in tensors.items() if not _is_norm(name))
     norms = sum(math.prod(shape) for name, shape in tensors.items() if _is_norm(name))
-    if config.tie_word_embeddings:
-        matrices += math.prod(tensors[EMBEDDING])
-    return matrices * dtype_bytes + norms * _NORM_BYTES
+    matrices = sum(map(linear_bytes, linear_parameters(config)))
+    return math.prod(tensors[EMBEDDING]) * dtype_bytes + matrices + norms * _NORM_BYTES
 
 
 def check_tensors(config: ModelConfig, found: Mapping[str, Shape], where: str) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from llmserve.errors import ModelLoadError
+from llmserve.gguf_file import TensorInfo, read_gguf
 from llmserve.models.config import ModelConfig
-from llmserve.models.gguf_file import GgufFile, GgufTensor
+from llmserve.models.parameters import check_tensors
 from llmserve.models.safetensors_file import SafetensorsFile, SafetensorsTensor, open_shards
 
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,6 +53,7 @@ class WeightSource(Protocol):
 
     where: str  # the path, for messages
     shapes: dict[str, tuple[int, ...]]  # of every tensor, by Hugging Face's names
+    types: dict[str, str]  # likewise, as the format calls them: "BF16", "Q4_1"
 
     def nbytes(self, name: str) -> int:
         """Bytes the tensor takes in its file."""
@@ -61,10 +63,19 @@ class WeightSource(Protocol):
         """Copies a tensor into `out`, of the same shape, any floating-point type and device."""
         ...
 
+    def read_raw(self, name: str, out: torch.Tensor) -> None:
+        """Copies a matrix as it is stored into `out`, uint8 [rows, bytes of a row]."""
+        ...
+
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
-    """A Hugging Face folder's safetensors or a .gguf file. Reads headers only; raises ModelLoadError on damage."""
-    return SafetensorsWeights(path) if path.is_dir() else GgufWeights(path, config)
+    """A Hugging Face folder's safetensors or a .gguf file, which holds what `config` needs. Reads headers only.
+
+    Raises ModelLoadError, naming file and tensor, for what is damaged, missing, misshapen or not known to the model.
+    """
+    source: WeightSource = SafetensorsWeights(path) if path.is_dir() else GgufWeights(path, config)
+    check_tensors(config, source.shapes, source.where)
+    return source
 
 
 class SafetensorsWeights:
@@ -77,6 +88,7 @@ class SafetensorsWeights:
             for name, tensor in file.tensors.items():
                 self._tensors[name] = (file, tensor)
         self.shapes = {name: tensor.shape for name, (_, tensor) in self._tensors.items()}
+        self.types = {name: tensor.dtype for name, (_, tensor) in self._tensors.items()}
 
     def nbytes(self, name: str) -> int:
         return self._tensors[name][1].nbytes
@@ -88,20 +100,27 @@ class SafetensorsWeights:
         source = torch.frombuffer(file.buffer, dtype=dtype, count=count, offset=tensor.offset)
         out.copy_(source.view(tensor.shape))
 
+    def read_raw(self, name: str, out: torch.Tensor) -> None:
+        file, tensor = self._tensors[name]
+        source = torch.frombuffer(file.buffer, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
+        out.copy_(source.view(out.shape))
+
 
 class GgufWeights:
     """A GGUF file. Quantised tensors are dequantised by the `gguf` package's numpy code, some rows at a time."""
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self.where = str(path)
-        self._file = GgufFile(path)
+        file = read_gguf(path)
+        self._buffer = file.map()
         self._config = config
-        self._tensors = {_hugging_face_name(tensor.name, config): tensor for tensor in self._file.tensors.values()}
+        self._tensors = {_hugging_face_name(tensor.name, config): tensor for tensor in file.tensors.values()}
         # Part of the configuration: see `RopeConfig.freq_factors`.
         self._tensors.pop("rope_freqs.weight", None)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.types = {name: tensor.type_name for name, tensor in self._tensors.items()}
         # llama.cpp rotates neighbouring elements for this architecture: its converter has reordered q's and k's rows.
-        self._is_permuted = self._file.get("general.architecture") == "llama"
+        self._is_permuted = file.metadata.get("general.architecture") == "llama"
 
     def nbytes(self, name: str) -> int:
         return self._tensors[name].nbytes
@@ -109,7 +128,7 @@ class GgufWeights:
     def read(self, name: str, out: torch.Tensor) -> None:
         tensor = self._tensors[name]
         num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        raw = np.frombuffer(self._file.buffer, np.uint8, tensor.nbytes, tensor.offset).reshape(num_rows, -1)
+        raw = self._rows(tensor, num_rows)
         rows_at_once = max(1, _DEQUANTISE_ELEMENTS * num_rows // max(1, out.numel()))
         row_order = self._row_order(name, tensor)
         if row_order is not None and len(tensor.shape) == 1:
@@ -123,8 +142,20 @@ class GgufWeights:
             else:
                 target[row_order[start : start + rows_at_once].to(out.device)] = values
 
-    def _dequantise(self, tensor: GgufTensor, raw: np.ndarray) -> torch.Tensor:
-        quantisation = gguf.GGMLQuantizationType(tensor.type_id)
+    def read_raw(self, name: str, out: torch.Tensor) -> None:
+        tensor = self._tensors[name]
+        raw = torch.from_numpy(self._rows(tensor, tensor.shape[0]))
+        row_order = self._row_order(name, tensor)
+        if row_order is None:
+            out.copy_(raw)
+        else:
+            out[row_order.to(out.device)] = raw.to(out.device)  # blocks lie along a row: whole rows may change places
+
+    def _rows(self, tensor: TensorInfo, num_rows: int) -> np.ndarray:
+        return np.frombuffer(self._buffer, np.uint8, tensor.nbytes, tensor.offset).reshape(num_rows, -1)
+
+    def _dequantise(self, tensor: TensorInfo, raw: np.ndarray) -> torch.Tensor:
+        quantisation = gguf.GGMLQuantizationType(tensor.ggml_type)
         try:
             values = gguf.quants.dequantize(raw, quantisation)
         except NotImplementedError as error:
@@ -133,7 +164,7 @@ class GgufWeights:
             ) from error
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
-    def _row_order(self, name: str, tensor: GgufTensor) -> torch.Tensor | None:
+    def _row_order(self, name: str, tensor: TensorInfo) -> torch.Tensor | None:
         """For each row in the file, the row of the Hugging Face tensor that it is; None where they are the same.
 
         The converter turns a head's rows (half, i) into (i, half), so that the pair (i, i + d/2) becomes neighbours.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from llmserve.kernels.weight_formats import GGUF_FORMATS
 from tests.kernels.cpu_cases import ISA_NAMES, cpu_ops, needs_compiler, relative_error
 
 pytestmark = needs_compiler
@@ -56,3 +57,43 @@ def test_what_cannot_be_packed_is_refused() -> None:
         ops.pack_quantized(torch.zeros(4, 210, dtype=torch.uint8), "Q6_K")
     with pytest.raises(ValueError, match="34 bytes"):
         ops.pack_quantized(torch.zeros(4, 33, dtype=torch.uint8), "Q8_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_weights_become_q8_0_as_ggml_makes_it(dtype: torch.dtype) -> None:
+    """The blocks hold what the `gguf` package's do, up to the rounding of a tie."""
+    ops = cpu_ops(ISA_NAMES[0])
+    weight, bias = torch.randn(1000, 1088).to(dtype), torch.randn(1000)
+    weight[3] = 0
+    packed = ops.pack_linear(weight, bias, "q8_0")
+    raw = torch.from_numpy(quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0))
+    expected = ops.pack_quantized(raw, "q8_0", bias)
+    x = torch.randn(5, 1088)
+    assert (packed.format, packed.nbytes) == ("q8_0", expected.nbytes)
+    assert relative_error(ops.linear(x, packed), ops.linear(x, expected)) < 4e-3
+    assert relative_error(ops.linear(x, packed), x @ weight.float().T + bias) < 2e-2
+
+
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="blocks of 32"):
+        cpu_ops(ISA_NAMES[0]).pack_linear(torch.zeros(4, 100), None, "q8_0")
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("out_features", [16, 75, 1000])
+def test_bytes_are_known_before_packing(out_features: int, has_bias: bool) -> None:
+    ops = cpu_ops(ISA_NAMES[0])
+    bias = torch.zeros(out_features) if has_bias else None
+    for in_features, dtype in ((256, torch.float32), (1280, torch.bfloat16)):
+        for fmt in ops.weight_formats:
+            if fmt in ("dense", "int8"):
+                packed = ops.pack_linear(torch.zeros(out_features, in_features, dtype=dtype), bias, fmt)
+            else:
+                weights, block_bytes = GGUF_FORMATS[fmt]
+                raw = torch.zeros(out_features, in_features // weights * block_bytes, dtype=torch.uint8)
+                packed = ops.pack_quantized(raw, fmt, bias)
+            assert ops.linear_bytes(fmt, out_features, in_features, dtype, has_bias) == packed.nbytes
+    for columns, dtype in ((33, torch.bfloat16), (34, torch.float32)):
+        for fmt in ("dense", "int8"):
+            packed = ops.pack_linear(torch.zeros(out_features, columns, dtype=dtype), bias, fmt)
+            assert ops.linear_bytes(fmt, out_features, columns, dtype, has_bias) == packed.nbytes

@@ -13,6 +13,7 @@ from llmserve.kernels.ops import AttentionMetadata
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.models.config import read_model_config
 from llmserve.models.loader import load_model
+from llmserve.models.weights import open_weights
 
 SMALL = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "num_hidden_layers": 3}
@@ -180,7 +181,9 @@ def load():
     """Loads a folder or file on the CPU."""
 
     def load_path(path: Path, dtype: torch.dtype = torch.float32, ops=None, **options):
-        return load_model(path, read_model_config(path), dtype, torch.device("cpu"), ops or ReferenceOps(), **options)
+        config = read_model_config(path)
+        source = open_weights(path, config)
+        return load_model(source, config, dtype, torch.device("cpu"), ops or ReferenceOps(), **options)
 
     return load_path
 

@@ -10,7 +10,7 @@ import pytest
 
 from llmserve.errors import ModelLoadError
 from llmserve.models.config import RopeConfig, read_model_config
-from llmserve.models.parameters import count_parameters, weight_bytes
+from llmserve.models.parameters import count_parameters, linear_parameters
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -151,15 +151,17 @@ def test_counts_equal_transformers(tiny):
     assert count_parameters(config) == theirs.num_parameters()
     norms = sum(p.numel() for name, p in theirs.named_parameters() if "norm" in name)
     tied = theirs.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
-    assert weight_bytes(config, 2) == 2 * (theirs.num_parameters() - norms + tied) + 4 * norms
+    assert sum(
+        matrix.out_features * (matrix.in_features + matrix.has_bias) for matrix in linear_parameters(config)
+    ) == (theirs.num_parameters() - norms + tied - theirs.model.embed_tokens.weight.numel())
 
 
 def test_the_server_process_reads_configurations_without_torch(tiny):
     _, _, folder = tiny
     code = (
         "import sys; from llmserve.models.config import read_model_config;"
-        "from llmserve.models.parameters import weight_bytes;"
-        f"assert weight_bytes(read_model_config({str(folder)!r}), 2) > 0;"
+        "from llmserve.models.quantization import choose_formats;"
+        f"assert choose_formats(read_model_config({str(folder)!r}), {{}}, 'int8', ('int8',));"
         "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

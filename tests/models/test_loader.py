@@ -153,6 +153,7 @@ from pathlib import Path
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.models.config import read_model_config
 from llmserve.models.loader import load_model
+from llmserve.models.weights import open_weights
 
 def anonymous_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -171,7 +172,7 @@ config = read_model_config(path)
 ops = MeteredOps()
 ops.linear(torch.ones(2, 8), ops.pack_linear(torch.ones(8, 8)))  # the libraries' own memory comes before
 before = anonymous_bytes()
-model = load_model(path, config, torch.float32, torch.device("cpu"), ops, max_model_len=64)
+model = load_model(open_weights(path, config), config, torch.float32, torch.device("cpu"), ops, max_model_len=64)
 print(ops.peak - before, anonymous_bytes() - before)
 """
 
