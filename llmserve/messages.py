@@ -111,6 +111,9 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_preemptions: int = 0  # in this step
     prefix_cache_queries: int = 0  # tokens looked up in this step
     prefix_cache_hits: int = 0  # tokens found in this step
+    num_drafts: int = 0  # sequences that had draft tokens verified in this step
+    num_draft_tokens: int = 0  # draft tokens computed in this step
+    num_accepted_tokens: int = 0  # of them, those that came true
 
 
 class StepOutputs(msgspec.Struct, tag="step"):
@@ -154,6 +157,7 @@ class MemoryPlan(msgspec.Struct, tag="plan", kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    vocab_size: int  # rows of the embedding: ids at or above it do not exist, whatever the tokenizer says
 
 
 class EngineReady(msgspec.Struct, tag="ready"):

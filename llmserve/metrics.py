@@ -8,15 +8,15 @@ additions, and everything else is paid by the scrape. All methods are for the ev
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llmserve.histogram import Histogram
+from llmserve.http_metrics import HttpMetrics
 from llmserve.messages import EngineStats, FinishReason
 
 # vLLM's bounds in seconds, so that recorded quantiles stay comparable; three finer ones begin the inter-token ones.
@@ -32,7 +32,6 @@ _INTER_TOKEN_S = (
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _PARAMS_N = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
-_HTTP_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
 
 def one_two_five(largest: int) -> tuple[int, ...]:
@@ -45,31 +44,6 @@ def one_two_five(largest: int) -> tuple[int, ...]:
                 return tuple(bounds) or (1,)
             bounds.append(mantissa * power)
         power *= 10
-
-
-class Histogram:
-    """Counts per bucket (not cumulative; the last is beyond every bound) and the sum of what was observed."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, count: int = 1) -> None:
-        """Adds `value` `count` times."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.total += value * count
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound as Prometheus writes it, number of observations up to it), `+Inf` last."""
-        running = 0
-        buckets: list[tuple[str, float]] = []
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            running += count
-            buckets.append(("+Inf" if math.isinf(bound) else str(float(bound)), running))
-        return buckets
 
 
 class ModelMetrics:
@@ -87,6 +61,9 @@ class ModelMetrics:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self.num_preemptions = 0
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self.client_disconnects = 0
         self.finished = dict.fromkeys(FinishReason, 0)
         self.cache_config: dict[str, str] = {}
@@ -120,6 +97,9 @@ class ModelMetrics:
         self.num_preemptions += stats.num_preemptions
         self.prefix_cache_queries += stats.prefix_cache_queries
         self.prefix_cache_hits += stats.prefix_cache_hits
+        self.num_drafts += stats.num_drafts
+        self.num_draft_tokens += stats.num_draft_tokens
+        self.num_accepted_tokens += stats.num_accepted_tokens
 
     def observe_first_token(self, ttft_s: float) -> None:
         """The first token of a sequence arrived `ttft_s` seconds after its request. Counts the token too."""
@@ -135,7 +115,7 @@ class ModelMetrics:
 
     def observe_request_started(self, prompt_tokens: int, n: int, max_tokens: int) -> None:
         """A request was accepted by the engine."""
-        self.prompt_tokens += prompt_tokens
+        self.prompt_tokens += prompt_tokens * n  # each of the n sequences is a request of its own in all other counts
         self.request_params_n.observe(n)
         self.request_params_max_tokens.observe(max_tokens)
 
@@ -209,6 +189,9 @@ class ModelMetrics:
         yield "prefix_cache_queries", "Tokens looked up in the prefix cache.", self.prefix_cache_queries
         yield "prefix_cache_hits", "Tokens found in the prefix cache.", self.prefix_cache_hits
         yield "num_preemptions", "Requests preempted for want of KV blocks.", self.num_preemptions
+        yield "spec_decode_num_drafts", "Drafts (of one or more tokens) verified.", self.num_drafts
+        yield "spec_decode_num_draft_tokens", "Draft tokens verified.", self.num_draft_tokens
+        yield "spec_decode_num_accepted_tokens", "Draft tokens accepted.", self.num_accepted_tokens
         yield "client_disconnects", "Requests aborted because their client went away.", self.client_disconnects
 
     def histograms(self) -> Iterable[tuple[str, str, Histogram]]:
@@ -231,38 +214,6 @@ class ModelMetrics:
         yield "request_num_preemptions", "Preemptions of a request.", self.request_num_preemptions
 
 
-class HttpMetrics:
-    """Requests by route, under the names of prometheus_fastapi_instrumentator."""
-
-    def __init__(self) -> None:
-        self.requests: dict[tuple[str, str, str], int] = {}  # (handler, method, status class as in "2xx")
-        self.duration_s: dict[tuple[str, str], Histogram] = {}  # (handler, method)
-
-    def observe(self, handler: str, method: str, status: int, duration_s: float) -> None:
-        """One request, its last byte sent. `handler` is a route's template, never a path: the labels stay few."""
-        key = (handler, method, f"{status // 100}xx")
-        self.requests[key] = self.requests.get(key, 0) + 1
-        histogram = self.duration_s.get((handler, method))
-        if histogram is None:
-            histogram = self.duration_s[handler, method] = Histogram(_HTTP_S)
-        histogram.observe(duration_s)
-
-    def collect(self) -> Iterator[Metric]:
-        """The metric families, for a scrape."""
-        requests = CounterMetricFamily("http_requests", "HTTP requests.", labels=["handler", "method", "status"])
-        for key, count in self.requests.items():
-            requests.add_metric(list(key), count)
-        durations = HistogramMetricFamily(
-            "http_request_duration_seconds",
-            "Arrival of the request to the last byte of its answer.",
-            labels=["handler", "method"],
-        )
-        for labels, histogram in self.duration_s.items():
-            durations.add_metric(list(labels), histogram.cumulative(), histogram.total)
-        yield requests
-        yield durations
-
-
 class Metrics(Collector):
     """All metrics of the process. `vllm_names` says whether each series is exposed under vLLM's prefix too."""
 
@@ -270,6 +221,7 @@ class Metrics(Collector):
         self._prefixes = ("llmserve:", "vllm:") if vllm_names else ("llmserve:",)
         self._models: dict[str, ModelMetrics] = {}
         self.http = HttpMetrics()
+        self._further: list[Callable[[], bytes]] = []
         self.content_type = CONTENT_TYPE_LATEST
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -291,9 +243,14 @@ class Metrics(Collector):
             self._models[name] = ModelMetrics(name)
         return self._models[name]
 
+    def register(self, collector: Collector, render: Callable[[], bytes]) -> None:
+        """Adds the series of another room, and lines of it that no collector can write."""
+        self._registry.register(collector)
+        self._further.append(render)
+
     def render(self) -> bytes:
         """The answer to a scrape, in the text format that `content_type` names."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + b"".join(render() for render in self._further)
 
     def collect(self) -> Iterator[Metric]:
         """The metric families of all models under all prefixes."""

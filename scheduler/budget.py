@@ -17,8 +17,8 @@ class TokenBudget(Protocol):
         ...
 
     def observe(self, num_tokens: int, num_prompt_tokens: int, num_decoding: int, duration_s: float) -> None:
-        """A step computed `num_tokens`, of them `num_prompt_tokens` of prompts, and left `num_decoding` requests that
-        want a token next time. Called by whoever holds the clock."""
+        """A step computed `num_tokens`, of them `num_prompt_tokens` in chunks (those beyond one a sequence),
+        and left `num_decoding` requests that want a token next time. Called by whoever holds the clock."""
         ...
 
 

@@ -50,7 +50,8 @@ class LatencyBudget:
             self._decode_s = _follow(self._decode_s, duration_s)
             self._num_mixed = 0
         elif not num_decode_tokens or not self._decode_s:
-            self._token_s = self._token_s or duration_s / num_prompt_tokens  # a first guess: fixed costs included
+            if num_prompt_tokens >= _MIN_CHUNK:  # of fewer, the fixed cost of a step is most of what is seen
+                self._token_s = _follow(self._token_s, duration_s / num_prompt_tokens)
         else:
             self._num_mixed += 1
             least_s = 0.05 * duration_s / num_prompt_tokens  # for a step that came out faster than decodes alone

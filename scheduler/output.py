@@ -1,4 +1,5 @@
-"""What a step shall compute, as plain ids: the scheduler writes it, workers read it. Holds no token the model made."""
+"""What a step shall compute, as plain ids: the scheduler writes it, workers read it. Holds no token the model made,
+only guesses of those it will make."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ class SchedulerOutput:
     """One step's work. `num_scheduled_tokens` is in batch order and names every request of the step.
 
     A request samples a token in this step exactly when the tokens scheduled reach the end of what it has
-    (prompt + generated): the worker, which counts tokens too, sees that by itself.
+    (prompt + generated): the worker, which counts tokens too, sees that by itself. If it has drafts, they are counted
+    in `num_scheduled_tokens` and stand behind its last token; of the tokens sampled at that one and at each draft, the
+    request gets those up to the first that differs from the next draft, that one included.
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
@@ -41,3 +44,4 @@ class SchedulerOutput:
     new_block_ids: dict[str, list[int]] = field(default_factory=dict)  # appended to a running request's block table
     preempted_ids: list[str] = field(default_factory=list)  # drop the block table, keep the tokens
     finished_ids: list[str] = field(default_factory=list)  # forget: finished or aborted since the last step
+    draft_token_ids: dict[str, list[int]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from llmserve.messages import EngineRequest, FinishReason
+from llmserve.messages import EngineRequest, FinishReason, SamplingParams
 
 
 class RequestStatus(enum.Enum):
@@ -39,6 +39,7 @@ class Request:
         "status",
         "stop_token_id",
         "stop_token_ids",
+        "takes_drafts",
         "token_ids",
     )
 
@@ -53,6 +54,7 @@ class Request:
         self.min_num_tokens = self.num_prompt_tokens + request.params.min_tokens
         self.max_num_tokens = min(self.num_prompt_tokens + request.params.max_tokens, max_model_len)
         self.stop_token_ids = frozenset(request.params.stop_token_ids)
+        self.takes_drafts = not _depends_on_output(request.params)
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_slots = 0
@@ -72,6 +74,15 @@ class Request:
         """What was generated so far, as a copy."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def max_drafts(self) -> int:
+        """How many drafts may be verified behind its last token: none before that is scheduled, or while `min_tokens`
+        masks its stop tokens; and with those that are accepted comes one token more."""
+        num_tokens = len(self.token_ids)
+        if not self.takes_drafts or self.num_computed_tokens != num_tokens or num_tokens < self.min_num_tokens:
+            return 0
+        return self.max_num_tokens - num_tokens - 1
+
     def append(self, token_id: int) -> bool:
         """Adds a sampled token; returns whether it ends the request, and then sets `finish_reason`.
 
@@ -89,3 +100,13 @@ class Request:
             self.finish_reason = FinishReason.LENGTH
             return True
         return False
+
+
+def _depends_on_output(params: SamplingParams) -> bool:
+    """Whether the choice of a token depends on those generated before it by more than the model's logits.
+
+    Rows that verify drafts are sampled side by side, with one history: what is in doubt stays out of the penalties.
+    (`min_tokens` looks only at their number: see `Request.min_num_tokens`.)
+    """
+    penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+    return penalises or bool(params.bad_words)

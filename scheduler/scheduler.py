@@ -13,6 +13,7 @@ from llmserve.errors import ConfigError, InvalidRequestError
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, EngineStats, SequenceOutput
 from llmserve.scheduler.budget import TokenBudget
+from llmserve.scheduler.drafts import MAX_STEP_DRAFTS, DraftCandidate, Drafter
 from llmserve.scheduler.output import NewRequestData, ResumedRequestData, SchedulerOutput
 from llmserve.scheduler.policy import Policy
 from llmserve.scheduler.request import Request, RequestStatus
@@ -33,6 +34,9 @@ class Scheduler:
       and values of the step are written before attention reads any. So the `n` sequences of one prompt, or equal
       prompts that arrive together, are computed once. (A step that was scheduled must be run; if it fails, the
       cache is void and the engine ends.)
+    * Drafts cost nobody anything but time: they get what is left of the budget and of the blocks when all others have
+      been served. `num_computed_tokens` never counts a draft before it is verified, so none reaches the prefix cache;
+      the slots of those rejected are written again by the tokens that came instead.
     * Nobody starves. The first request in order can give up all the others, and alone it always fits, because no
       request is let in, or grows, beyond the pool. Waiting requests are admitted strictly in order.
     """
@@ -47,10 +51,11 @@ class Scheduler:
         max_model_len: int,
         long_prefill_token_threshold: int = 0,
         watermark: float = 0.01,
+        drafter: Drafter | None = None,
     ) -> None:
         """`long_prefill_token_threshold` caps the tokens of one request in a step (0: no cap). A waiting request is
         admitted only if `watermark`, a share of all blocks, stays free for those that run; when nothing runs it is not
-        held to that. Raises ConfigError.
+        held to that. Without a `drafter` there is no speculation. Raises ConfigError.
         """
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, not {max_num_seqs}.")
@@ -66,6 +71,7 @@ class Scheduler:
         self._kv_cache = kv_cache
         self._policy = policy
         self._budget = budget
+        self._drafter = drafter
         self._max_num_seqs = max_num_seqs
         self._num_pool_tokens = kv_cache.num_blocks * kv_cache.block_size
         self._max_model_len = min(max_model_len, self._num_pool_tokens)
@@ -148,6 +154,8 @@ class Scheduler:
         if not output.preempted_ids:  # blocks are short: who waits would only take them from those that run
             num_left = self._admit_waiting(output, num_left, now_s)
         output.total_num_scheduled_tokens = num_tokens - num_left
+        if self._drafter is not None and num_left and not output.preempted_ids:
+            self._add_drafts(self._drafter, output, num_left)
         self._stats.num_step_tokens = output.total_num_scheduled_tokens
         self._stats.num_preemptions = len(output.preempted_ids)
         return output
@@ -159,6 +167,8 @@ class Scheduler:
         aborted since are passed over. Tokens after the one that ends a request are dropped.
         """
         assert sampled.keys() <= output.num_scheduled_tokens.keys()
+        if output.draft_token_ids:
+            self._count_accepted(output, sampled)
         requests = self._requests
         updates = []
         for request_id, token_ids in sampled.items():
@@ -270,6 +280,47 @@ class Scheduler:
             num_left -= num_new
         return num_left
 
+    def _add_drafts(self, drafter: Drafter, output: SchedulerOutput, num_left: int) -> None:
+        """Puts drafts behind the last tokens of requests, from what is left of the budget and of the blocks."""
+        scheduled = output.num_scheduled_tokens
+        if not drafter.wants_drafts(len(scheduled), output.total_num_scheduled_tokens):
+            return
+        candidates = []
+        for request in self._running:
+            max_drafts = min(request.max_drafts, self._max_chunk - scheduled[request.request_id])
+            if max_drafts > 0:
+                candidates.append(DraftCandidate(request.request_id, request.token_ids, max_drafts))
+        for request_id, drafts in drafter.draft(candidates, min(num_left, MAX_STEP_DRAFTS)).items():
+            num_drafts = self._make_room(self._requests[request_id], len(drafts), output)
+            if num_drafts:
+                output.draft_token_ids[request_id] = drafts[:num_drafts]
+                scheduled[request_id] += num_drafts
+                output.total_num_scheduled_tokens += num_drafts
+                self._stats.num_drafts += 1
+                self._stats.num_draft_tokens += num_drafts
+
+    def _make_room(self, request: Request, num_drafts: int, output: SchedulerOutput) -> int:
+        """Slots for drafts, as many as there are without taking a block that a running request may need next."""
+        num_slots = request.num_tokens + num_drafts
+        if num_slots > request.num_slots:
+            kv_cache = self._kv_cache
+            num_spare = max(self._num_watermark_blocks, len(self._running))
+            block_ids = kv_cache.allocate(request.request_id, num_slots, num_spare_blocks=num_spare)
+            if block_ids is None:
+                return min(num_drafts, request.num_slots - request.num_tokens)
+            kv_cache.commit(request.request_id, request.token_ids, request.num_computed_tokens)
+            request.num_slots += len(block_ids) * kv_cache.block_size
+            output.new_block_ids.setdefault(request.request_id, []).extend(block_ids)
+        return num_drafts
+
+    def _count_accepted(self, output: SchedulerOutput, sampled: Mapping[str, list[int]]) -> None:
+        """The keys and values of accepted drafts are computed; `sampled` holds them and one token more."""
+        for request_id in output.draft_token_ids:
+            num_accepted = len(sampled[request_id]) - 1
+            self._stats.num_accepted_tokens += num_accepted
+            if request_id in self._requests:
+                self._requests[request_id].num_computed_tokens += num_accepted
+
     def _start(self, request: Request, was_looked_up: bool, now_s: float) -> None:
         """Notes what a request that is scheduled for the first time found. Recomputations are no cache statistics."""
         request.first_scheduled_s = now_s
@@ -288,6 +339,8 @@ class Scheduler:
         if request.status is not RequestStatus.WAITING:
             self._finished_ids.append(request.request_id)
         self._kv_cache.remove(request.request_id)
+        if self._drafter is not None:
+            self._drafter.forget(request.request_id)
         del self._requests[request.request_id]
 
 

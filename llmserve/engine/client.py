@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -36,7 +37,8 @@ from llmserve.messages import (
 logger = logging.getLogger(__name__)
 
 
-ENGINE_COMMAND = (sys.executable, "-m", "llmserve.engine.process")
+# -P: the current directory is its owner's, and none of its files is a module of ours
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "llmserve.engine.process")
 
 
 class EngineState(enum.Enum):
@@ -90,9 +92,8 @@ class EngineClient:
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> EngineReady:
         """Starts the process and waits until it takes requests. Raises what the engine says is wrong."""
-        launch = EngineLaunch(
-            self._config, f"ipc://{self._directory.name}/in", f"ipc://{self._directory.name}/out", self._log_level
-        )
+        endpoint = f"ipc://{self._directory.name}"
+        launch = EngineLaunch(self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), self._log_level)
         for socket in (self._inbox, self._outbox):
             socket.set_hwm(0)
             socket.linger = 0
@@ -126,15 +127,21 @@ class EngineClient:
 
     async def shutdown(self, drain: bool, timeout_s: float) -> None:
         """Asks the engine to finish; past the time it is killed. Safe to call twice."""
-        if self._process is not None and self.state is not EngineState.DEAD:
-            self.state = EngineState.DRAINING
-            self._outbox.send(self._encoder.encode(Shutdown(drain)))
+        process = self._process
+        if process is not None and process.returncode is None:
+            if self.state is EngineState.READY:
+                self.state = EngineState.DRAINING
+                self._outbox.send(self._encoder.encode(Shutdown(drain)))
+            else:
+                self.state = EngineState.DRAINING
+                process.kill()  # it loads, and holds nobody's request, or it is no longer ours to talk to
             try:
-                await asyncio.wait_for(self._process.wait(), timeout_s)
+                await asyncio.wait_for(process.wait(), timeout_s)
             except TimeoutError:
                 logger.warning("the engine did not stop within %.0f s; killing it", timeout_s)
-                self._process.kill()
-                await self._process.wait()
+                process.kill()
+                await process.wait()
+        self.state = EngineState.DEAD
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -166,8 +173,10 @@ class EngineClient:
                     if on_progress:
                         on_progress(message)
                 case EngineReady():
-                    self.state = EngineState.READY
-                    self._ready.set_result(message)
+                    if self.state is EngineState.STARTING:
+                        self.state = EngineState.READY
+                    if not self._ready.done():
+                        self._ready.set_result(message)
                 case EngineFailed():
                     self._failure = _error_of(message)
                     self._last_words.set()
@@ -191,6 +200,8 @@ class EngineClient:
             return
         self.state = EngineState.DEAD
         self._failure = error
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()  # nobody would read what it says
         assert self._ready is not None
         if not self._ready.done():
             self._ready.set_exception(error)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from llmserve.messages import EngineRequest, EngineStats, StepOutputs
 from llmserve.scheduler.budget import TokenBudget
+from llmserve.scheduler.drafts import Drafter
 from llmserve.scheduler.output import SchedulerOutput
 from llmserve.scheduler.scheduler import Scheduler
 from llmserve.worker.output import ModelRunnerOutput
@@ -21,13 +22,21 @@ class Runner(Protocol):
 class EngineCore:
     """Drives a scheduler and a runner. Tests and offline use call `step()` in-process."""
 
-    def __init__(self, scheduler: Scheduler, budget: TokenBudget, runner: Runner, clock: Callable[[], float]) -> None:
-        """`budget` is the scheduler's own: it is told here how long its steps took."""
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        budget: TokenBudget,
+        runner: Runner,
+        clock: Callable[[], float],
+        drafter: Drafter | None = None,
+    ) -> None:
+        """`budget` and `drafter` are the scheduler's own: they are told here how long its steps took."""
         self.num_steps = 0
         self._scheduler = scheduler
         self._budget = budget
         self._runner = runner
         self._clock = clock
+        self._drafter = drafter
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises InvalidRequestError if it could never run here."""
@@ -63,6 +72,12 @@ class EngineCore:
         stats = self._scheduler.stats()
         num_decoding = sum(output.finish_reason is None for output in outputs)
         ended_s = self._clock()
-        self._budget.observe(stats.num_step_tokens, stats.num_prompt_tokens, num_decoding, ended_s - started_s)
+        duration_s = ended_s - started_s
+        num_seqs = len(scheduled.num_scheduled_tokens)
+        # beyond one token a sequence, all lengthens a step like a prompt: recomputed answers too
+        num_chunk_tokens = stats.num_step_tokens - num_seqs - stats.num_draft_tokens
+        self._budget.observe(stats.num_step_tokens, num_chunk_tokens, num_decoding, duration_s)
+        if self._drafter is not None:
+            self._drafter.observe(num_seqs, stats.num_step_tokens, stats.num_draft_tokens, duration_s)
         self.num_steps += 1
         return StepOutputs(step=self.num_steps, time_s=ended_s, outputs=outputs, stats=stats)

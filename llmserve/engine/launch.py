@@ -16,4 +16,5 @@ class EngineLaunch(msgspec.Struct):
     config: EngineConfig
     in_address: str
     out_address: str
+    server_pid: int  # when this is no longer its parent, the engine ends
     log_level: str = "info"

@@ -20,7 +20,7 @@ import zmq
 from llmserve.config import EngineConfig
 from llmserve.engine.core import EngineCore
 from llmserve.engine.launch import FAILED_STATUS, HEARTBEAT_S, EngineLaunch
-from llmserve.errors import LLMServeError
+from llmserve.errors import EngineDeadError, LLMServeError
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import (
     AbortRequests,
@@ -36,6 +36,7 @@ from llmserve.messages import (
     StepOutputs,
     ToEngine,
 )
+from llmserve.scheduler.adaptive_drafter import make_drafter
 from llmserve.scheduler.latency_budget import make_budget
 from llmserve.scheduler.policy import make_policy
 from llmserve.scheduler.scheduler import Scheduler
@@ -44,19 +45,20 @@ from llmserve.worker.loader import prepare_model
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.05
+_MESSAGES_A_STEP = 64
 Send = Callable[[FromEngine], None]
 
 
 class EngineLoop:
     """Feeds requests to a core and sends what it answers, until told to stop and, if draining, nothing is left."""
 
-    def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], send: Send) -> None:
+    def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], send: Send, server_pid: int) -> None:
         self._core = core
         self._inbox = inbox
         self._send = send
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._stopping: Shutdown | None = None
-        self._parent = os.getppid()
+        self._server_pid = server_pid
 
     def run(self) -> None:
         """Returns after a Shutdown has been carried out, or when the server process is gone."""
@@ -64,7 +66,7 @@ class EngineLoop:
             self._receive()
             if self._core.has_work():
                 self._send(self._core.step())
-            if os.getppid() != self._parent:
+            if os.getppid() != self._server_pid:
                 self.stop(drain=False)  # nobody is left to read the answers
 
     def stop(self, drain: bool) -> None:
@@ -76,7 +78,9 @@ class EngineLoop:
         if not self._core.has_work() and not self._inbox.poll(int(HEARTBEAT_S * 1000)):
             self._send_heartbeat()
             return
-        while self._inbox.poll(0):
+        for _ in range(_MESSAGES_A_STEP):  # a flood of requests must not hold up the tokens of those that run
+            if not self._inbox.poll(0):
+                break
             self._handle(self._decoder.decode(self._inbox.recv()))
 
     def _send_heartbeat(self) -> None:
@@ -101,7 +105,7 @@ class EngineLoop:
             self._send(StepOutputs(self._core.num_steps, time.monotonic(), [refused], self._core.stats()))
 
 
-def build_core(config: EngineConfig, send: Send) -> tuple[EngineCore, EngineReady]:
+def build_core(config: EngineConfig, send: Send, server_pid: int) -> tuple[EngineCore, EngineReady]:
     """Plans, says the plan, loads. Raises an LLMServeError that says what is wrong with the model or the machine."""
     started = time.monotonic()
     prepared = prepare_model(config)
@@ -112,20 +116,24 @@ def build_core(config: EngineConfig, send: Send) -> tuple[EngineCore, EngineRead
     def progress(done: int, total: int) -> None:
         nonlocal last_sent
         now = time.monotonic()
+        if os.getppid() != server_pid:
+            raise EngineDeadError("The server process has ended.")
         if done >= total or now - last_sent > _PROGRESS_S:
             last_sent = now
             send(LoadProgress("loading weights", done, total))
 
     runner = prepared.load(progress)
     budget = make_budget(plan.max_num_batched_tokens, config.itl_slowdown)
+    drafter = make_drafter(config.speculation)
     scheduler = Scheduler(
         KVCacheManager(plan.num_blocks, plan.block_size, config.enable_prefix_caching),
         policy=make_policy(config.scheduling_policy),
         budget=budget,
         max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
+        drafter=drafter,
     )
-    core = EngineCore(scheduler, budget, runner, time.monotonic)
+    core = EngineCore(scheduler, budget, runner, time.monotonic, drafter)
     return core, EngineReady(plan, time.monotonic() - started)
 
 
@@ -147,8 +155,8 @@ def main() -> int:
         outbox.send(encoder.encode(message))
 
     try:
-        core, ready = build_core(launch.config, send)
-        loop = EngineLoop(core, inbox, send)
+        core, ready = build_core(launch.config, send, launch.server_pid)
+        loop = EngineLoop(core, inbox, send, launch.server_pid)
         signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain=True))
         send(ready)
         loop.run()

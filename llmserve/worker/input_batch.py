@@ -27,7 +27,9 @@ class StepInputs:
     token_ids: IntArray  # [t]
     positions: IntArray  # [t]
     slot_mapping: IntArray  # [t]
-    samples: npt.NDArray[np.bool_]  # [s]: the sequence draws a token in this step
+    num_samples: IntArray  # [s]: rows of the sequence that draw a token: 0 in mid-prompt, 1, or more to verify drafts
+    sample_rows: IntArray  # [r]: which of the t tokens these are, sequence by sequence
+    sample_sequences: IntArray  # [r]: which of the s sequences they belong to
 
 
 class InputBatch:
@@ -79,8 +81,13 @@ class InputBatch:
         rows = np.fromiter(map(self.row_of.__getitem__, request_ids), dtype=np.int64, count=len(request_ids))
         query_start = np.zeros(len(request_ids) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
+        for request_id, drafts in output.draft_token_ids.items():
+            row = self.row_of[request_id]
+            self.token_ids[row, self.num_tokens[row] : self.num_tokens[row] + len(drafts)] = drafts
         computed = self.num_computed[rows]
         seq_lens = computed + counts
+        num_samples = np.maximum(seq_lens - self.num_tokens[rows] + 1, 0)
+        sample_sequences = np.repeat(np.arange(len(rows)), num_samples)
         token_rows = np.repeat(rows, counts)
         positions = np.arange(query_start[-1]) + np.repeat(computed - query_start[:-1], counts)
         blocks = self.block_table[token_rows, positions // self.block_size].astype(np.int64)
@@ -92,15 +99,34 @@ class InputBatch:
             token_ids=self.token_ids[token_rows, positions].astype(np.int64),
             positions=positions,
             slot_mapping=blocks * self.block_size + positions % self.block_size,
-            samples=seq_lens == self.num_tokens[rows],
+            num_samples=num_samples,
+            # the last num_samples rows of each sequence: counted back from where its samples and its rows end
+            sample_rows=np.arange(len(sample_sequences)) + (query_start[1:] - num_samples.cumsum())[sample_sequences],
+            sample_sequences=sample_sequences,
         )
 
-    def advance(self, inputs: StepInputs, sampled: IntArray) -> None:
-        """Records the step: what was computed, and the tokens drawn [number of sampling sequences]."""
+    def advance(self, inputs: StepInputs, sampled: IntArray) -> IntArray:
+        """Records the step: what was computed, and the tokens drawn [r]; returns how many each sequence keeps [s].
+
+        A sequence keeps its draws up to the first that is not the draft behind it. Those before it are in the table.
+        """
         self.num_computed[inputs.rows] = inputs.seq_lens
-        rows = inputs.rows[inputs.samples]
-        self.token_ids[rows, self.num_tokens[rows]] = sampled
-        self.num_tokens[rows] += 1
+        num_kept = inputs.num_samples.copy()
+        sequences = np.flatnonzero(num_kept)
+        rows = inputs.rows[sequences]
+        ends = num_kept.cumsum()[sequences]  # of each sequence's draws
+        if len(sampled) > len(sequences):
+            starts = ends - num_kept[sequences]
+            drafts = self.token_ids[inputs.rows[inputs.sample_sequences], inputs.positions[inputs.sample_rows] + 1]
+            index = np.arange(len(sampled))
+            differs = np.where(sampled == drafts, len(sampled), index)
+            differs[ends - 1] = ends - 1  # no draft stands behind the last
+            num_kept[sequences] = np.minimum.reduceat(differs, starts) - starts + 1
+            ends = starts + num_kept[sequences]
+            self.num_computed[rows] = self.num_tokens[rows] + num_kept[sequences] - 1
+        self.num_tokens[rows] += num_kept[sequences]
+        self.token_ids[rows, self.num_tokens[rows] - 1] = sampled[ends - 1]
+        return num_kept
 
     def output_token_ids(self, row: int) -> npt.NDArray[np.int32]:
         """The tokens generated so far in a row."""

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from llmserve.kernels.select import select_ops
-from llmserve.models.config import ModelConfig, read_model_config
-from llmserve.models.loader import load_model
-from llmserve.models.parameters import weight_bytes
 
 from llmserve.config import EngineConfig
 from llmserve.errors import ConfigError
 from llmserve.kernels.ops import Ops
+from llmserve.kernels.select import select_ops
 from llmserve.messages import MemoryPlan
+from llmserve.models.config import ModelConfig, read_model_config
+from llmserve.models.loader import load_model
+from llmserve.models.parameters import LinearParameter, linear_parameters, weight_bytes
+from llmserve.models.quantization import choose_formats, describe_formats, resolve_quantization
+from llmserve.models.weights import WeightSource, open_weights
 from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory
 from llmserve.worker.model_runner import ModelRunner
 
@@ -39,17 +41,19 @@ class PreparedModel:
     device: torch.device
     dtype: torch.dtype
     ops: Ops
+    source: WeightSource
+    formats: dict[str, str]  # of each matrix, by name
     plan: MemoryPlan
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner:
         """Reads the weights and allocates the KV cache. `progress` gets bytes done and bytes in all."""
         model = load_model(
-            Path(self.config.model),
+            self.source,
             self.model_config,
             self.dtype,
             self.device,
             self.ops,
-            weight_format=self.plan.weight_format,
+            self.formats,
             max_model_len=self.plan.max_model_len,
             progress=progress,
         )
@@ -63,12 +67,28 @@ def prepare_model(config: EngineConfig) -> PreparedModel:
         torch.set_num_threads(config.num_threads or num_usable_cores())
     path = Path(config.model)
     model_config = read_model_config(path)
+    source = open_weights(path, model_config)
     dtype = _choose_dtype(config.dtype, model_config.dtype, device)
     ops = select_ops(device, dtype, model_config.head_dim, config.num_threads)
-    weight_format = config.quantization or "dense"
-    weights = WeightPlan(weight_format, weight_bytes(model_config, dtype.itemsize))
+    formats = _choose_formats(config, model_config, source, ops)
+    weights = _plan_weights(model_config, formats, dtype, ops)
     plan = plan_memory(config, model_config, weights, dtype, device, ops, available_bytes(device))
-    return PreparedModel(config, model_config, device, dtype, ops, plan)
+    return PreparedModel(config, model_config, device, dtype, ops, source, formats, plan)
+
+
+def _choose_formats(config: EngineConfig, model: ModelConfig, source: WeightSource, ops: Ops) -> dict[str, str]:
+    types = {source.types[f"{part}.weight"] for matrix in linear_parameters(model) for part in matrix.parts}
+    quantization = resolve_quantization(
+        config.quantization, source.where, types, ops.weight_formats, dtype_is_auto=config.dtype == "auto"
+    )
+    return choose_formats(model, source.types, quantization, ops.weight_formats)
+
+
+def _plan_weights(model: ModelConfig, formats: dict[str, str], dtype: torch.dtype, ops: Ops) -> WeightPlan:
+    def linear_bytes(matrix: LinearParameter) -> int:
+        return ops.linear_bytes(formats[matrix.name], matrix.out_features, matrix.in_features, dtype, matrix.has_bias)
+
+    return WeightPlan(describe_formats(model, formats), weight_bytes(model, dtype.itemsize, linear_bytes))
 
 
 def num_usable_cores() -> int:

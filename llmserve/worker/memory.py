@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from llmserve.models.config import ModelConfig
 
 from llmserve.config import EngineConfig, format_bytes
 from llmserve.errors import ConfigError, InsufficientMemoryError
 from llmserve.kernels.ops import KVCacheSpec, Ops
 from llmserve.messages import MemoryPlan
+from llmserve.models.config import ModelConfig
+from llmserve.scheduler.drafts import MAX_STEP_DRAFTS
 
 _CACHE_SHARE = {"cpu": 0.4, "cuda": 0.9}  # of what is free after weights and activations
 _CACHE_LIMIT = {"cpu": 4 * 2**30, "cuda": 2**62}  # a CPU's memory is other programs' too: more only if asked for
@@ -73,7 +74,8 @@ def plan_memory(
         )
     max_num_seqs = config.max_num_seqs or _DEFAULT_SEQS[device.type]
     budget = config.max_num_batched_tokens or max(_DEFAULT_BUDGET[device.type], max_num_seqs)
-    activations = _activation_bytes(model, budget, max_num_seqs, dtype)
+    num_sampled = max_num_seqs + (0 if config.speculation == "off" else MAX_STEP_DRAFTS)
+    activations = _activation_bytes(model, budget, num_sampled, dtype)
     spec = KVCacheSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
     block_bytes = ops.kv_cache_bytes_per_block(spec) * model.num_layers
     left = free_bytes - weights.num_bytes - activations
@@ -99,6 +101,7 @@ def plan_memory(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        vocab_size=model.vocab_size,
     )
 
 
@@ -114,11 +117,11 @@ def _num_blocks(config: EngineConfig, most_useful: int, block_bytes: int, left: 
     return max(min(most_bytes // block_bytes, most_useful), 0)
 
 
-def _activation_bytes(model: ModelConfig, budget: int, max_num_seqs: int, dtype: torch.dtype) -> int:
+def _activation_bytes(model: ModelConfig, budget: int, num_sampled: int, dtype: torch.dtype) -> int:
     """The widest moment of a layer for a full step, and the logits of a full batch with what sampling makes of them."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     width = 4 * model.hidden_size + 2 * heads + 3 * model.intermediate_size
-    logits = _LOGITS_COPIES * max_num_seqs * model.vocab_size * 4
+    logits = _LOGITS_COPIES * num_sampled * model.vocab_size * 4
     return budget * width * dtype.itemsize + logits
 
 

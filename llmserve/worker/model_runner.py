@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from llmserve.models.llama import LlamaModel
 
 from llmserve.kernels.ops import AttentionMetadata, KVCache, Ops
 from llmserve.messages import MemoryPlan, TokenLogprobs
+from llmserve.models.llama import LlamaModel
 from llmserve.scheduler.output import SchedulerOutput
 from llmserve.worker.input_batch import InputBatch, IntArray, StepInputs
 from llmserve.worker.output import ModelRunnerOutput
@@ -19,9 +19,7 @@ _PROMPT_LOGITS_ROWS = 64  # rows of the vocabulary's size held at once while sco
 class ModelRunner:
     """`execute` is one step: gather inputs, run the model, sample."""
 
-    def __init__(
-        self, model: LlamaModel, ops: Ops, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: LlamaModel, ops: Ops, plan: MemoryPlan, dtype: torch.dtype, device: torch.device) -> None:
         """Allocates the KV cache the plan names; `dtype` is that of its entries."""
         self.model = model
         self.device = device
@@ -54,17 +52,20 @@ class ModelRunner:
         return result
 
     def _sample(self, hidden: torch.Tensor, inputs: StepInputs, result: ModelRunnerOutput) -> None:
-        sampling = np.flatnonzero(inputs.samples)
-        if not len(sampling):
+        if not len(inputs.sample_rows):
             self.batch.advance(inputs, np.empty(0, dtype=np.int64))
             return
-        last_rows = torch.from_numpy(inputs.query_start[1:][sampling] - 1).to(self.device)
-        logits = self.model.compute_logits(hidden[last_rows])
+        logits = self.model.compute_logits(hidden[torch.from_numpy(inputs.sample_rows).to(self.device)])
         drawn = self.sampler.sample(logits, inputs)
-        self.batch.advance(inputs, drawn.token_ids)
-        ids = [inputs.request_ids[sequence] for sequence in sampling.tolist()]
-        result.sampled = {request_id: [token] for request_id, token in zip(ids, drawn.token_ids.tolist(), strict=True)}
-        result.logprobs = {ids[index]: [logprobs] for index, logprobs in drawn.logprobs.items()}
+        num_kept = self.batch.advance(inputs, drawn.token_ids).tolist()
+        token_ids = drawn.token_ids.tolist()
+        start = 0
+        for request_id, num_drawn, kept in zip(inputs.request_ids, inputs.num_samples.tolist(), num_kept, strict=True):
+            if kept:
+                result.sampled[request_id] = token_ids[start : start + kept]
+                if start in drawn.logprobs:
+                    result.logprobs[request_id] = [drawn.logprobs[index] for index in range(start, start + kept)]
+            start += num_drawn
 
     def _score_prompts(self, hidden: torch.Tensor, inputs: StepInputs, result: ModelRunnerOutput) -> None:
         """Log-probabilities of prompt tokens, chunk by chunk; handed over when the prompt's end is reached."""

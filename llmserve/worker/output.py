@@ -9,7 +9,8 @@ from llmserve.messages import TokenLogprobs
 
 @dataclass(slots=True)
 class ModelRunnerOutput:
-    """`sampled` names exactly the requests whose scheduled tokens reached the end of what they had."""
+    """`sampled` names exactly the requests whose scheduled tokens reached the end of what they had; with drafts, each
+    has as many tokens as were accepted, and one more. `logprobs` has an entry for each of them."""
 
     sampled: dict[str, list[int]] = field(default_factory=dict)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)

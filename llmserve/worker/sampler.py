@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from llmserve.kernels.ops import Ops, SamplingTensors
@@ -16,7 +15,7 @@ from llmserve.worker.logits_processors import LogitsProcessor, build_processors
 
 @dataclass(slots=True)
 class SamplerOutput:
-    """`token_ids` [r], and log-probabilities of the rows that asked, by index of the row in the step."""
+    """`token_ids` [r], and log-probabilities of the rows that asked, by index in r."""
 
     token_ids: IntArray
     logprobs: dict[int, TokenLogprobs]
@@ -45,14 +44,18 @@ class Sampler:
                 self._with_logprobs[new.request_id] = new.params.logprobs
 
     def sample(self, logits: torch.Tensor, inputs: StepInputs) -> SamplerOutput:
-        """logits float32 [r, vocab], r the sequences that sample, in batch order. Changes `logits`."""
-        sampling = np.flatnonzero(inputs.samples)
-        raw = self._rows_for_logprobs(logits, inputs, sampling)
+        """logits float32 [r, vocab] of `inputs.sample_rows`. Changes `logits`.
+
+        Rows behind drafts are drawn as if the drafts were true. Their processors see the tokens generated before this
+        step: the scheduler gives no drafts to requests whose processors look at more than their number.
+        """
+        sequences = inputs.sample_sequences.tolist()
+        raw = self._rows_for_logprobs(logits, inputs, sequences)
         if self._processors:
-            for index, sequence in enumerate(sampling.tolist()):
+            for index, sequence in enumerate(sequences):
                 self._process(logits[index], inputs.request_ids[sequence], int(inputs.rows[sequence]))
-        rows = inputs.rows[sampling]
-        token_ids = self._ops.sample(logits, self._tensors(rows, inputs.seq_lens[sampling]))
+        positions = inputs.positions[inputs.sample_rows] + 1
+        token_ids = self._ops.sample(logits, self._tensors(inputs.rows[inputs.sample_sequences], positions))
         drawn: IntArray = token_ids.cpu().numpy()
         logprobs = {index: _token_logprobs(row, int(drawn[index]), top) for index, (row, top) in raw.items()}
         return SamplerOutput(drawn, logprobs)
@@ -62,13 +65,13 @@ class Sampler:
             processor.apply(logits, self._batch.prompt_token_ids(row), self._batch.output_token_ids(row))
 
     def _rows_for_logprobs(
-        self, logits: torch.Tensor, inputs: StepInputs, sampling: IntArray
+        self, logits: torch.Tensor, inputs: StepInputs, sequences: list[int]
     ) -> dict[int, tuple[torch.Tensor, int]]:
         """Raw log-probabilities, taken before any processor changes the row."""
         if not self._with_logprobs:
             return {}
         asked = {}
-        for index, sequence in enumerate(sampling.tolist()):
+        for index, sequence in enumerate(sequences):
             top = self._with_logprobs.get(inputs.request_ids[sequence])
             if top is not None:
                 asked[index] = (torch.log_softmax(logits[index], dim=-1), top)
@@ -96,7 +99,7 @@ def _token_logprobs(row: torch.Tensor, token_id: int, num_top: int) -> TokenLogp
     """row: log-probabilities float32 [vocab]."""
     chosen = row[token_id]
     rank = int((row > chosen).sum()) + 1
-    values, ids = row.topk(num_top)
+    values, ids = row.topk(min(num_top, row.numel()))
     top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token_id=token_id, logprob=float(chosen), rank=rank, top=top)
 

@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from llmserve.config import EngineConfig
 from llmserve.engine.core import EngineCore
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
 from llmserve.scheduler.budget import FixedBudget
+from llmserve.scheduler.drafts import Drafter
 from llmserve.scheduler.policy import make_policy
 from llmserve.scheduler.scheduler import Scheduler
 from llmserve.worker.loader import prepare_model
+from tests.models.gguf_writer import write_gguf
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +51,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same model as a GGUF file with matrices of the named type."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tensors = load_file(tiny_llama / "model.safetensors")
+
+    def write(ggml_type: str) -> Path:
+        path = tmp_path_factory.mktemp("gguf") / f"tiny.{ggml_type}.gguf"
+        write_gguf(path, model, tensors, "llama", gguf.GGMLQuantizationType[ggml_type])
+        return path
+
+    return write
+
+
 @dataclass
 class Answer:
     """Everything the engine said to one request."""
@@ -71,8 +89,20 @@ class Answer:
 class Engine:
     """An EngineCore over a real model, driven by hand."""
 
-    def __init__(self, path: Path, dtype: str, num_blocks: int, budget: int, max_chunk: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+        num_blocks: int,
+        budget: int,
+        max_chunk: int,
+        max_num_seqs: int,
+        drafter: Drafter | None,
+        quantization: str,
+    ) -> None:
         self.cache = KVCacheManager(num_blocks, 16)
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         token_budget = FixedBudget(budget)
         scheduler = Scheduler(
             self.cache,
@@ -81,14 +111,21 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_model_len=512,
             long_prefill_token_threshold=max_chunk,
+            drafter=drafter,
         )
         config = EngineConfig(
-            model=str(path), dtype=dtype, device="cpu", max_model_len=512, max_num_seqs=64, kv_cache_memory=2**29
+            model=str(path),
+            dtype=dtype,
+            quantization=quantization,
+            device="cpu",
+            max_model_len=512,
+            max_num_seqs=64,
+            kv_cache_memory=2**29,
         )
         prepared = prepare_model(config)
         assert prepared.plan.num_blocks >= num_blocks
         runner = prepared.load()
-        self.core = EngineCore(scheduler, token_budget, runner, time.monotonic)
+        self.core = EngineCore(scheduler, token_budget, runner, time.monotonic, drafter)
 
     def new_answer(self) -> Answer:
         """For tests that step by themselves."""
@@ -100,7 +137,10 @@ class Engine:
         for request in requests:
             self.core.add(request)
         while self.core.has_work():
-            for output in self.core.step().outputs:
+            step = self.core.step()
+            self.num_draft_tokens += step.stats.num_draft_tokens
+            self.num_accepted_tokens += step.stats.num_accepted_tokens
+            for output in step.outputs:
                 answers[output.request_id].add(output)
         return answers
 
@@ -114,8 +154,10 @@ def make_engine() -> Callable[..., Engine]:
         budget: int = 512,
         max_chunk: int = 0,
         max_num_seqs: int = 64,
+        drafter: Drafter | None = None,
+        quantization: str = "none",
     ) -> Engine:
-        return Engine(path, dtype, num_blocks, budget, max_chunk, max_num_seqs)
+        return Engine(path, dtype, num_blocks, budget, max_chunk, max_num_seqs, drafter, quantization)
 
     return make
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmserve.kernels.cpu.build import find_compiler
 from llmserve.messages import EngineRequest
 
 PROMPT_LEN = 75
@@ -35,13 +36,36 @@ def subject(request: pytest.FixtureRequest, make_request: Callable[..., EngineRe
     return lambda: make_request(prompt, MAX_TOKENS, logprobs=3, **SAMPLING[request.param])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_alone_among_strangers_chunked_warm_and_preempted(
+# dtype, quantization, and the type of a GGUF file if it is one
+WEIGHTS: dict[str, tuple[str, str, str]] = {
+    "float32": ("float32", "none", ""),
+    "bfloat16": ("bfloat16", "none", ""),
+    "q8_0": ("bfloat16", "q8_0", ""),
+    "int8": ("bfloat16", "int8", ""),
+    "gguf-q4_1": ("bfloat16", "gguf", "Q4_1"),
+    "gguf-q8_0": ("float32", "gguf", "Q8_0"),
+}
+
+
+@pytest.fixture(params=list(WEIGHTS))
+def open_engine(
+    request: pytest.FixtureRequest,
     tiny_llama: Path,
+    tiny_gguf: Callable[[str], Path],
     make_engine: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Makes engines over the tiny model, its weights in one of the formats."""
+    dtype, quantization, ggml_type = WEIGHTS[request.param]
+    if quantization != "none" and find_compiler() is None:
+        pytest.skip("no C compiler")
+    path = tiny_gguf(ggml_type) if ggml_type else tiny_llama
+    return lambda **options: make_engine(path, dtype, quantization=quantization, **options)
+
+
+def test_alone_among_strangers_chunked_warm_and_preempted(
+    open_engine: Callable[..., Any],
     make_request: Callable[..., EngineRequest],
     subject: Callable[[], EngineRequest],
-    dtype: str,
 ) -> None:
     def answer(engine: Any, *others: EngineRequest) -> Any:
         request = subject()
@@ -50,15 +74,15 @@ def test_alone_among_strangers_chunked_warm_and_preempted(
     def strangers() -> list[EngineRequest]:
         return [make_request(p, 30, temperature=1.0, seed=i) for i, p in enumerate(prompts(31))]
 
-    alone_engine = make_engine(tiny_llama, dtype)
+    alone_engine = open_engine()
     alone = answer(alone_engine)
     assert len(alone.token_ids) == MAX_TOKENS
     warm = answer(alone_engine)
     assert warm.num_cached_tokens == PROMPT_LEN // 16 * 16
-    crowded = answer(make_engine(tiny_llama, dtype), *strangers())
-    chunked = answer(make_engine(tiny_llama, dtype, max_chunk=7))
-    mixed = answer(make_engine(tiny_llama, dtype, max_chunk=7, budget=64), *strangers())
-    tight = make_engine(tiny_llama, dtype, num_blocks=24, max_num_seqs=16)
+    crowded = answer(open_engine(), *strangers())
+    chunked = answer(open_engine(max_chunk=7))
+    mixed = answer(open_engine(max_chunk=7, budget=64), *strangers())
+    tight = open_engine(num_blocks=24, max_num_seqs=16)
     preempted = answer(tight, *strangers())
     for other in (warm, crowded, chunked, mixed, preempted):
         assert other.token_ids == alone.token_ids

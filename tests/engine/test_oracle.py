@@ -1,4 +1,4 @@
-"""The embedded model says what transformers says on the same weights: greedy tokens and log-probabilities, in float32."""
+"""The embedded model says what transformers says on the same weights: tokens and log-probabilities, in float32."""
 
 from __future__ import annotations
 

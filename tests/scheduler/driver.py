@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable
 
 from llmserve.kv_cache.manager import KVCacheManager
@@ -12,6 +13,7 @@ from llmserve.scheduler.output import SchedulerOutput
 from llmserve.scheduler.policy import Policy, make_policy
 from llmserve.scheduler.scheduler import Scheduler
 from tests.scheduler.fake_worker import FakeWorker, expected_answer
+from tests.scheduler.random_drafter import RandomDrafter
 
 
 class Driver:
@@ -30,8 +32,12 @@ class Driver:
         enable_prefix_caching: bool = True,
         policy: Policy | None = None,
         num_sampled: Callable[[], int] = lambda: 1,
+        drafts_seed: int | None = None,
     ) -> None:
+        """With a `drafts_seed` there is speculation, with drafts of which many come true."""
         self.kv_cache = KVCacheManager(num_blocks, block_size, enable_prefix_caching)
+        self.worker = FakeWorker(num_blocks, block_size, num_sampled)
+        self.drafter = None if drafts_seed is None else RandomDrafter(random.Random(drafts_seed), self.worker.salts)
         self.scheduler = Scheduler(
             self.kv_cache,
             policy=policy or make_policy("fcfs"),
@@ -40,8 +46,8 @@ class Driver:
             max_model_len=max_model_len,
             long_prefill_token_threshold=long_prefill_token_threshold,
             watermark=watermark,
+            drafter=self.drafter,
         )
-        self.worker = FakeWorker(num_blocks, block_size, num_sampled)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.max_chunk = long_prefill_token_threshold or max_num_batched_tokens
@@ -54,6 +60,8 @@ class Driver:
         self.finish_reasons: dict[str, FinishReason] = {}
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
 
     def add(self, *requests: EngineRequest) -> None:
         for request in requests:
@@ -73,6 +81,7 @@ class Driver:
         self.now_s += 1
         output = self.scheduler.schedule(self.now_s)
         self._check_output(output)
+        self._check_drafts(output)
         sampled = self.worker.execute(output)
         self._check_blocks()
         updates = self.scheduler.update(output, sampled)
@@ -99,6 +108,7 @@ class Driver:
         assert not output.num_scheduled_tokens
         assert not updates
         assert not self.worker.sequences
+        assert self.drafter is None or not self.drafter.live
 
     def _check_output(self, output: SchedulerOutput) -> None:
         scheduled = output.num_scheduled_tokens
@@ -116,6 +126,17 @@ class Driver:
             assert self.kv_cache.num_free_blocks >= self.num_watermark_blocks
         self.num_preemptions += len(output.preempted_ids)
 
+    def _check_drafts(self, output: SchedulerOutput) -> None:
+        """Drafts stand behind a last token, keep within what their request may say, and never come with preemption."""
+        drafts = output.draft_token_ids
+        self.num_draft_tokens += sum(map(len, drafts.values()))
+        assert not (drafts and output.preempted_ids)
+        for request_id, token_ids in drafts.items():
+            assert 0 < len(token_ids) < output.num_scheduled_tokens[request_id]
+            request, answer = self.requests[request_id], self.answers[request_id]
+            assert len(answer) + len(token_ids) < request.params.max_tokens
+            assert len(answer) >= request.params.min_tokens
+
     def _check_blocks(self) -> None:
         """The worker's tables are the manager's, and every block is either in one of them or free."""
         tables = self.worker.block_tables()
@@ -132,6 +153,10 @@ class Driver:
         assert stats.num_step_tokens == output.total_num_scheduled_tokens
         assert stats.num_prompt_tokens <= stats.num_step_tokens
         assert stats.num_preemptions == len(output.preempted_ids)
+        assert stats.num_drafts == len(output.draft_token_ids)
+        assert stats.num_draft_tokens == sum(map(len, output.draft_token_ids.values()))
+        assert stats.num_accepted_tokens <= stats.num_draft_tokens
+        self.num_accepted_tokens += stats.num_accepted_tokens
         assert stats.prefix_cache_hits <= stats.prefix_cache_queries
 
     def _take(self, update: SequenceOutput) -> None:

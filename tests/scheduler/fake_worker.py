@@ -89,9 +89,17 @@ class _Sequence:
             value = next_value(value, token_id)
             self.values.append(value)
 
+    def values_with(self, drafts: list[int]) -> list[int]:
+        """Its values, and those of drafts behind its last token."""
+        values = self.values.copy()
+        for token_id in drafts:
+            values.append(next_value(values[-1], token_id))
+        return values
+
 
 class FakeWorker:
-    """Executes steps. `num_sampled` says how many tokens a request samples at once (1 without speculation)."""
+    """Executes steps. A request with drafts keeps those that came true and samples one token more; `num_sampled` says
+    how many another samples at once (from a model that gives several)."""
 
     def __init__(self, num_blocks: int, block_size: int, num_sampled: Callable[[], int] = lambda: 1) -> None:
         self.block_size = block_size
@@ -140,13 +148,17 @@ class FakeWorker:
             assert table is not None
             assert len(set(table)) == len(table)
             assert num_tokens > 0
-            assert sequence.num_computed + num_tokens <= min(len(sequence.token_ids), len(table) * self.block_size)
-            for position in range(sequence.num_computed, sequence.num_computed + num_tokens):
+            drafts = output.draft_token_ids.get(request_id, [])
+            end = sequence.num_computed + num_tokens
+            assert end <= min(len(sequence.token_ids) + len(drafts), len(table) * self.block_size)
+            assert not drafts or end == len(sequence.token_ids) + len(drafts), "drafts stand behind the last token"
+            values = sequence.values_with(drafts)
+            for position in range(sequence.num_computed, end):
                 slot = table[position // self.block_size], position % self.block_size
                 assert slot not in written, "two requests write one slot"
                 written.add(slot)
-                self.blocks[slot[0]][slot[1]] = sequence.values[position]
-            sequence.num_computed += num_tokens
+                self.blocks[slot[0]][slot[1]] = values[position]
+            sequence.num_computed = end - len(drafts)
 
     def _read_and_sample(self, output: SchedulerOutput) -> dict[str, list[int]]:
         sampled = {}
@@ -157,8 +169,20 @@ class FakeWorker:
             for block_id in sequence.block_ids:
                 context += self.blocks[block_id]
             assert context[: sequence.num_computed] == sequence.values[: sequence.num_computed], "wrong context read"
-            if sequence.num_computed == len(sequence.token_ids):
+            if drafts := output.draft_token_ids.get(request_id):
+                sampled[request_id] = self._verify(sequence, drafts)
+            elif sequence.num_computed == len(sequence.token_ids):
                 sampled[request_id] = [self._sample_one(sequence) for _ in range(self.num_sampled())]
+        return sampled
+
+    def _verify(self, sequence: _Sequence, drafts: list[int]) -> list[int]:
+        """What the model says after the last token, and as long as that is the next draft, what it says after it."""
+        sampled = [self._sample_one(sequence)]
+        for draft in drafts:
+            if sampled[-1] != draft:
+                break
+            sequence.num_computed += 1
+            sampled.append(self._sample_one(sequence))
         return sampled
 
     def _sample_one(self, sequence: _Sequence) -> int:

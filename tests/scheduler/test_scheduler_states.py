@@ -28,6 +28,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         enable_prefix_caching=st.booleans(),
         by_priority=st.booleans(),
         num_sampled=st.integers(1, 3),
+        drafts_seed=st.sampled_from([None, 0, 1, 2, 3]),
     )
     def start(
         self,
@@ -40,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         enable_prefix_caching: bool,
         by_priority: bool,
         num_sampled: int,
+        drafts_seed: int | None,
     ) -> None:
         self.num_added = 0
         self.driver = Driver(
@@ -52,6 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=enable_prefix_caching,
             policy=PriorityPolicy(ageing_s=5.0) if by_priority else FCFSPolicy(),
             num_sampled=lambda: num_sampled,
+            drafts_seed=drafts_seed,
         )
 
     @rule(

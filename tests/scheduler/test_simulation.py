@@ -89,7 +89,8 @@ class WaitingTimes:
 
 @pytest.mark.parametrize("policy_name", ["fcfs", "priority"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_random_traffic(name: str, policy_name: str) -> None:
+@pytest.mark.parametrize("drafts", [False, True])
+def test_random_traffic(name: str, policy_name: str, drafts: bool) -> None:
     source = random.Random(f"{name} {policy_name}")
     by_priority = policy_name == "priority"
     policy = PriorityPolicy(AGEING_S) if by_priority else FCFSPolicy()
@@ -97,6 +98,7 @@ def test_random_traffic(name: str, policy_name: str) -> None:
         **CONFIGS[name],  # type: ignore[arg-type]
         policy=policy,
         num_sampled=lambda: source.choice((1, 1, 1, 2, 4)),
+        drafts_seed=1 if drafts else None,
     )
     traffic = Traffic(source, driver.max_num_tokens)
     waiting_times = WaitingTimes(policy, AGEING_S * (NUM_PRIORITIES - 1) if by_priority else 0.0)
@@ -122,4 +124,5 @@ def test_random_traffic(name: str, policy_name: str) -> None:
     assert len(driver.finish_reasons) + num_aborted == traffic.num_added > 300
     assert num_aborted > 30
     assert name == "roomy" or driver.num_preemptions > 10
+    assert (driver.num_accepted_tokens > 100) == drafts
     assert (driver.num_cached_tokens > 1000) == (name != "no prefix cache")

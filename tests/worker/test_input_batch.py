@@ -26,7 +26,7 @@ def step(batch: InputBatch, output: SchedulerOutput) -> StepInputs:
 def test_a_mixed_batch_is_gathered_in_the_schedulers_order() -> None:
     batch = InputBatch(max_num_seqs=4, max_model_len=64, block_size=BLOCK)
     first = step(batch, SchedulerOutput({"a": 3}, new_requests=[new("a", [10, 11, 12], [5])]))
-    assert first.samples.tolist() == [True]
+    assert first.num_samples.tolist() == [1]
     batch.advance(first, np.array([99]))
     chunk = new("b", list(range(100, 140)), [7, 2, 9], computed=16)
     mixed = step(batch, SchedulerOutput({"a": 1, "b": 10}, new_requests=[chunk]))
@@ -36,7 +36,7 @@ def test_a_mixed_batch_is_gathered_in_the_schedulers_order() -> None:
     assert mixed.slot_mapping.tolist() == [5 * BLOCK + 3, *(2 * BLOCK + i for i in range(10))]
     assert mixed.seq_lens.tolist() == [4, 26]
     assert mixed.query_start.tolist() == [0, 1, 11]
-    assert mixed.samples.tolist() == [True, False]
+    assert mixed.num_samples.tolist() == [1, 0]
 
 
 def test_a_preempted_request_keeps_its_tokens_and_gets_a_new_table() -> None:
@@ -47,7 +47,7 @@ def test_a_preempted_request_keeps_its_tokens_and_gets_a_new_table() -> None:
     resumed = step(batch, SchedulerOutput({"b": 1, "a": 3}, resumed_requests={"a": ResumedRequestData([6], 0)}))
     assert resumed.token_ids.tolist() == [51, 1, 2, 3]
     assert resumed.slot_mapping.tolist()[1:] == [6 * BLOCK, 6 * BLOCK + 1, 6 * BLOCK + 2]
-    assert resumed.samples.tolist() == [True, True]
+    assert resumed.num_samples.tolist() == [1, 1]
     row = int(resumed.rows[1])
     assert batch.prompt_token_ids(row).tolist() == [1, 2]
     assert batch.output_token_ids(row).tolist() == [3]
@@ -57,6 +57,7 @@ def test_random_lives_agree_with_a_plain_model_and_leave_no_row_taken() -> None:
     source = random.Random(2)
     batch = InputBatch(max_num_seqs=8, max_model_len=128, block_size=BLOCK)
     alive: dict[str, tuple[list[int], list[int], int]] = {}  # tokens, blocks, computed
+    num_accepted = 0
     for number in range(400):
         output = SchedulerOutput()
         if alive and source.random() < 0.2:
@@ -68,23 +69,36 @@ def test_random_lives_agree_with_a_plain_model_and_leave_no_row_taken() -> None:
             alive[f"r{number}"] = (prompt, blocks := source.sample(range(1000), 8), 0)
             output.new_requests.append(new(f"r{number}", list(prompt), list(blocks)))
         for request_id, (tokens, _, computed) in alive.items():
-            if len(tokens) < 127:
+            if len(tokens) < 118:
                 output.num_scheduled_tokens[request_id] = source.randint(1, len(tokens) - computed)
+                if computed + output.num_scheduled_tokens[request_id] == len(tokens) and source.random() < 0.6:
+                    drafts = [source.randrange(3) for _ in range(source.randint(1, 8))]
+                    output.draft_token_ids[request_id] = drafts
+                    output.num_scheduled_tokens[request_id] += len(drafts)
         inputs = step(batch, output)
-        drawn = []
+        drawn: list[int] = []
+        expected_kept = []
         for index, request_id in enumerate(inputs.request_ids):
             tokens, blocks, computed = alive[request_id]
+            drafts = output.draft_token_ids.get(request_id, [])
             end = computed + output.num_scheduled_tokens[request_id]
             rows = slice(inputs.query_start[index], inputs.query_start[index + 1])
-            assert inputs.token_ids[rows].tolist() == tokens[computed:end]
+            assert inputs.token_ids[rows].tolist() == (tokens + drafts)[computed:end]
             expected = [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(computed, end)]
             assert inputs.slot_mapping[rows].tolist() == expected
-            assert inputs.samples[index] == (end == len(tokens))
-            if end == len(tokens):
-                drawn.append(source.randrange(1000))
-                tokens.append(drawn[-1])
-            alive[request_id] = (tokens, blocks, end)
-        batch.advance(inputs, np.array(drawn, dtype=np.int64))
+            num_samples = len(drafts) + 1 if end == len(tokens) + len(drafts) else 0
+            assert inputs.num_samples[index] == num_samples
+            sampled = [source.randrange(3) for _ in range(num_samples)]
+            assert inputs.sample_rows[len(drawn) : len(drawn) + num_samples].tolist() == [
+                inputs.query_start[index + 1] - num_samples + offset for offset in range(num_samples)
+            ]
+            drawn += sampled
+            kept = [token for at, token in enumerate(sampled) if sampled[:at] == drafts[:at]]
+            expected_kept.append(len(kept))
+            num_accepted += max(len(kept) - 1, 0)
+            alive[request_id] = (tokens + kept, blocks, end - len(drafts) + max(len(kept) - 1, 0))
+        assert batch.advance(inputs, np.array(drawn, dtype=np.int64)).tolist() == expected_kept
+    assert num_accepted > 50
     batch.apply(SchedulerOutput(finished_ids=list(alive)))
     assert batch.row_of == {}
     assert batch.params == {}
