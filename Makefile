@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MODEL ?= smollm2-135m-instruct
 
 .PHONY: serve install install-dev test check fmt bench docs clean
 serve: install
-	$(BIN)/llmserve serve $(ARGS)
+	$(BIN)/llmserve serve $(MODEL) --model-repository examples/model_repository $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -85,9 +85,10 @@ def main() -> None:
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=BUDGET,
+        vocab_size=49152,
     )
     send(EngineReady(plan, 0.0))
-    EngineLoop(core, inbox, send).run()
+    EngineLoop(core, inbox, send, launch.server_pid).run()
     context.destroy(linger=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from llmserve.settings import add_setting_flags
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if all went well, 1 after an error that is explained in one line, 2 for a wrong command line."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmserve", description="Serve language models and the models around them.")
     parser.add_argument("--version", action="version", version=f"llmserve {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -48,6 +49,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser)
 
     def run(args: argparse.Namespace) -> int:
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is imported: it warns at every child
         from llmserve.serve import serve
         from llmserve.settings import load_serve_config
 

@@ -43,6 +43,12 @@ def _require_at_least(config: object, name: str, least: int) -> None:
         raise ConfigError(f"{name} must be at least {least}, not {value}.")
 
 
+def _require_choice(config: Any, name: str) -> None:
+    choices = next(f.metadata["choices"] for f in fields(config) if f.name == name)
+    if getattr(config, name) not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """One LLM and the process that runs it. None means: what is right for the model and the machine found."""
@@ -52,9 +58,15 @@ class EngineConfig:
     dtype: str = setting(
         "auto", "Weights and activations.", choices=("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
     )
-    quantization: str | None = setting(None, "Weight format; by default the weights are used as they are.")
+    quantization: str = setting(
+        "auto",
+        "Weight format: none (the dtype), q8_0 (8 bits, a scale for 32 weights), int8 (8 bits, a scale for a row), or "
+        "gguf (the file's own). auto is gguf, else q8_0, where the device computes it; none if a dtype is given.",
+        choices=("auto", "none", "q8_0", "int8", "gguf"),
+    )
     max_model_len: int | None = setting(None, "Longest context, prompt and answer together, in tokens.")
     max_num_seqs: int | None = setting(None, "Most sequences that run at once.")
+    max_queued_seqs: int = setting(4096, "Most sequences in flight, waiting ones too; beyond it requests get a 429.")
     max_num_batched_tokens: int | None = setting(None, "Token budget of a step.")
     kv_cache_memory: int | None = setting(None, "Memory for the KV cache, e.g. 2GiB.", kind="bytes")
     block_size: int = setting(16, "Tokens in a KV cache block.")
@@ -64,6 +76,11 @@ class EngineConfig:
         2.0,
         "While others decode, prompts may stretch a step to this multiple of a decode-only step; 0: off.",
     )
+    speculation: str = setting(
+        "auto",
+        "Draft tokens from the text itself, verified several a step: where that pays, never, or always.",
+        choices=("auto", "off", "ngram"),
+    )
     num_threads: int | None = setting(None, "CPU threads of an engine; by default the cores it may use.")
     max_logprobs: int = setting(20, "Most log-probabilities a request may ask for at one position.")
 
@@ -71,10 +88,13 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_threads"):
             _require_at_least(self, name, 1)
         _require_at_least(self, "max_logprobs", 0)
+        _require_at_least(self, "max_queued_seqs", 1)
+        for name in ("device", "dtype", "quantization", "speculation"):
+            _require_choice(self, name)
         if self.block_size < 16 or self.block_size % 16:
             raise ConfigError(f"block_size must be a multiple of 16, not {self.block_size}.")
-        if self.itl_slowdown != 0 and self.itl_slowdown < 1.1:
-            raise ConfigError(f"itl_slowdown must be 0 (off) or at least 1.1, not {self.itl_slowdown}.")
+        if self.itl_slowdown != 0 and not 1.1 <= self.itl_slowdown <= 1000:
+            raise ConfigError(f"itl_slowdown must be 0 (off) or from 1.1 to 1000, not {self.itl_slowdown}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +103,8 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on; 0 takes a free one.")
+    grpc: bool = setting(True, "Serve the Open Inference Protocol over gRPC too.")
+    grpc_port: int | None = setting(None, "Port of gRPC; by default the one after --port (8001).")
     log_level: str = setting("info", "Log level.", choices=("debug", "info", "warning", "error"))
     max_body_bytes: int = setting(32 * 2**20, "Largest request body.", kind="bytes")
     keep_alive_s: float = setting(15.0, "A silent stream gets an SSE comment this often.")
@@ -91,11 +113,31 @@ class ServerConfig:
     vllm_metrics: bool = setting(True, "Expose metrics under vLLM's names too, for its dashboards.")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be between 0 and 65535, not {self.port}.")
+        for name, port in (("port", self.port), ("grpc_port", self.grpc_port or 0)):
+            if not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be between 0 and 65535, not {port}.")
         for name in ("max_body_bytes", "keep_alive_s", "stall_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryConfig:
+    """The model repository of general models, under the names of Triton Inference Server's flags."""
+
+    model_repository: tuple[str, ...] = setting((), "Folder or URL of a model repository; repeatable.", kind="list")
+    model_control_mode: str = setting("none", "Who decides what is loaded.", choices=("none", "poll", "explicit"))
+    load_model: tuple[str, ...] = setting(
+        (), "Loaded at the start in mode explicit; repeatable; * is all.", kind="list"
+    )
+    model_config_name: str = setting("", "Use configs/<name>.pbtxt of a model where there is one.")
+    repository_poll_secs: float = setting(15.0, "Seconds between two looks at the repository in mode poll.")
+    strict_readiness: bool = setting(True, "Ready only when every model is.")
+    exit_on_error: bool = setting(False, "End if a model cannot be loaded at the start.")
+    model_load_thread_count: int = setting(4, "Models that load at the same time.")
+    inline: tuple[str, ...] = setting(
+        (), "A model to run in the server's process, where breakpoint() works; repeatable; * is all.", kind="list"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +154,8 @@ class ServeConfig:
     """All that `llmserve serve` needs."""
 
     server: ServerConfig = ServerConfig()
+    repository: RepositoryConfig = RepositoryConfig()
+    engine: EngineConfig = EngineConfig()  # of LLMs that have no entry of their own
     models: tuple[ModelConfigEntry, ...] = ()
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -24,6 +25,35 @@ _STRING, _ARRAY = 8, 9
 # Value types of the GGUF specification (ggml/docs/gguf.md), as `struct` codes.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
+# ggml type -> (name, elements in a block, bytes of a block)
+GGML_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -31,8 +61,18 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    ggml_type: int
+    ggml_type: int  # a key of GGML_TYPES
     offset: int  # bytes from the start of the file
+
+    @property
+    def type_name(self) -> str:
+        """As ggml writes it: "Q4_1"."""
+        return GGML_TYPES[self.ggml_type][0]
+
+    @property
+    def nbytes(self) -> int:
+        _, block_size, block_bytes = GGML_TYPES[self.ggml_type]
+        return math.prod(self.shape) // block_size * block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +95,15 @@ class GGUFFile:
     def hparam(self, name: str, kind: type[T]) -> T:
         """A hyperparameter of the file's own architecture: `hparam("block_count", int)` is `llama.block_count`."""
         return self.require(f"{self.require('general.architecture', str)}.{name}", kind)
+
+    def map(self) -> mmap.mmap:
+        """The whole file as memory. Raises ModelLoadError if it is gone."""
+        try:
+            with self.path.open("rb") as file:
+                # Copy-on-write and never written: torch and numpy take a writable buffer without complaint.
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{self.path}: cannot be read: {error}.") from error
 
 
 def is_gguf(path: Path) -> bool:
@@ -152,6 +201,8 @@ def _read(path: Path, cursor: _Cursor) -> GGUFFile:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
     tensors = {name: TensorInfo(name, shape, ggml_type, start + offset) for name, shape, ggml_type, offset in described}
+    for tensor in tensors.values():
+        _check(path, tensor, cursor.size)
     return GGUFFile(path, metadata, tensors)
 
 
@@ -162,3 +213,21 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"tensor {name!r} has {num_dims} dimensions")
     shape = cursor.scalars("Q", num_dims)[::-1]  # the file lists the innermost dimension first
     return name, shape, cursor.scalar("I"), cursor.scalar("Q")
+
+
+def _check(path: Path, tensor: TensorInfo, file_bytes: int) -> None:
+    if tensor.ggml_type not in GGML_TYPES:
+        raise ModelLoadError(
+            f"{path}: the tensor {tensor.name!r} has the ggml type {tensor.ggml_type}, which is not supported."
+        )
+    block_size = GGML_TYPES[tensor.ggml_type][1]
+    if not tensor.shape or tensor.shape[-1] % block_size:
+        shape = list(tensor.shape)
+        raise ModelLoadError(
+            f"{path}: the tensor {tensor.name!r} of shape {shape} cannot be {tensor.type_name}: damaged."
+        )
+    if tensor.offset + tensor.nbytes > file_bytes:
+        raise ModelLoadError(
+            f"{path} is cut short: the tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes}, "
+            f"the file at {file_bytes}. Fetch it again."
+        )

@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import time
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -22,6 +23,7 @@ from llmserve.api.settings import ApiSettings
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
 from llmserve.errors import ConfigError
+from llmserve.general_models import GeneralModels
 from llmserve.metrics import Metrics
 from llmserve.repository.embedded import DEFAULT_LLM
 from llmserve.repository.served_models import ServedModels, open_llm
@@ -29,6 +31,8 @@ from llmserve.repository.sources import resolve_model
 from llmserve.tools.progress import StartupDisplay
 
 logger = logging.getLogger(__name__)
+
+_ENGINE_GRACE_S = 5.0  # for an engine to end once nobody waits for its answers
 
 
 def serve(config: ServeConfig) -> int:
@@ -48,49 +52,62 @@ class _Server:
         self._listener = listener
         self._display = display
         self._metrics = Metrics(vllm_names=config.server.vllm_metrics)
+        self._models = ServedModels()
+        server = config.server
+        self._api = ApiSettings(max_body_bytes=server.max_body_bytes, keep_alive_s=server.keep_alive_s)
+        self._general = GeneralModels(config.repository, server, self._models, self._api)
         self._started = time.monotonic()
 
     async def run(self) -> int:
-        models = ServedModels()
-        for entry in self._config.models or (ModelConfigEntry(model=""),):
-            self._open(entry, models)
-        http = self._http_server(models)
-        # uvicorn raises the signal again once it has shut down: by then there is nothing left to end
+        for entry in self._config.models:
+            self._open(entry)
+        http = self._http_server()
+        # uvicorn takes over both signals, and raises them again once it is done: then the engines end by themselves
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         serving = asyncio.create_task(http.serve(sockets=[self._listener]), name="http")
-        loading = asyncio.create_task(self._load(models.llms), name="load")
+        loading = asyncio.create_task(self._load(), name="load")
         loading.add_done_callback(lambda task: _stop_if_failed(task, http))
         try:
             await serving
         finally:
             loading.cancel()
-            drain_s = self._config.server.drain_timeout_s
-            await asyncio.gather(*(llm.shutdown(timeout_s=drain_s) for llm in models.llms))
+            # HTTP is over: what is still in flight has nobody to read it
+            grace_s = 0.0 if http.force_exit else _ENGINE_GRACE_S
+            ends = [llm.shutdown(drain=False, timeout_s=grace_s) for llm in self._models.llms]
+            await asyncio.gather(self._general.stop(grace_s), *ends)
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
         return 0
 
-    def _open(self, entry: ModelConfigEntry, models: ServedModels) -> None:
+    def _open(self, entry: ModelConfigEntry) -> LLM:
         name = entry.model or DEFAULT_LLM
         with self._display.fetching(name) as progress:
             source = resolve_model(name, progress)
         llm = open_llm(source, entry, self._config.server, self._metrics)
-        models.add(llm, entry.served_names or (llm.name,))
+        self._models.add(llm, entry.served_names or (llm.name,))
+        return llm
 
-    async def _load(self, llms: list[LLM]) -> None:
-        with self._display.loading() as display:
-            await asyncio.gather(
-                *(llm.start(display.plan_printer(llm.name), display.progress_bar(llm.name)) for llm in llms)
-            )
+    async def _load(self) -> None:
         host, port = self._listener.getsockname()[:2]
-        self._display.ready(f"http://{host}:{port}", [llm.name for llm in llms], time.monotonic() - self._started)
+        with self._display.loading() as display:
 
-    def _http_server(self, models: ServedModels) -> uvicorn.Server:
+            async def start(llm: LLM) -> None:
+                await llm.start(display.plan_printer(llm.name), display.progress_bar(llm.name))
+
+            general = asyncio.create_task(self._general.start(port, display.fetching))
+            for llm in self._models.llms:
+                await start(llm)  # one after the other: each plans with the memory that the one before has left
+            await general
+            for folder in self._general.hugging_face_folders:
+                await start(self._open(ModelConfigEntry(model=str(folder), engine=self._config.engine)))
+        names = [llm.name for llm in self._models.llms] + self._general.names
+        self._display.ready(f"http://{host}:{port}", general.result(), names, time.monotonic() - self._started)
+
+    def _http_server(self) -> _HttpServer:
         server = self._config.server
-        settings = ApiSettings(max_body_bytes=server.max_body_bytes, keep_alive_s=server.keep_alive_s)
-        app = create_app(models, settings, self._metrics)
-        return uvicorn.Server(
+        app = create_app(self._models, self._api, self._metrics, self._general.plane)
+        return _HttpServer(
             uvicorn.Config(
                 app,
                 http="httptools",
@@ -103,6 +120,14 @@ class _Server:
                 server_header=False,
             )
         )
+
+
+class _HttpServer(uvicorn.Server):
+    """The first signal drains, any second one ends it at once (uvicorn takes only a second SIGINT for that)."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def _stop_if_failed(loading: asyncio.Task[None], http: uvicorn.Server) -> None:

@@ -18,26 +18,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmserve.config import EngineConfig, ModelConfigEntry, ServeConfig, ServerConfig, parse_bytes, setting_names
+from llmserve.config import (
+    EngineConfig,
+    ModelConfigEntry,
+    RepositoryConfig,
+    ServeConfig,
+    ServerConfig,
+    parse_bytes,
+    setting_names,
+)
 from llmserve.errors import ConfigError
 
 ENV_PREFIX = "LLMSERVE_"
-_SECTIONS: tuple[type, ...] = (ServerConfig, EngineConfig)
+_SECTIONS: dict[str, type] = {"server": ServerConfig, "engine": EngineConfig, "model repository": RepositoryConfig}
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for every setting, plus --config. Unset flags are absent from the namespace."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings and [[models]] tables.")
-    for section, title in zip(_SECTIONS, ("server", "engine"), strict=True):
+    for title, section in _SECTIONS.items():
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(section):
             if "help" not in field.metadata:
                 continue
             flag = "--" + field.name.replace("_", "-")
-            shown = "" if field.default is None else f" Default: {field.default}."
+            shown = "" if field.default in (None, "", ()) else f" Default: {field.default}."
             options: dict[str, Any] = {"help": field.metadata["help"] + shown, "default": argparse.SUPPRESS}
             if field.type == "bool":
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            elif field.metadata["kind"] == "list":
+                group.add_argument(flag, action="append", metavar="TEXT", **options)
             else:
                 group.add_argument(flag, metavar=_metavar(field), **options)
 
@@ -53,22 +63,22 @@ def load_serve_config(args: Mapping[str, Any], environ: Mapping[str, str] = os.e
         if name in args:
             values[name] = _convert(name, args[name], "flag --" + name.replace("_", "-"))
     server = ServerConfig(**{name: values[name] for name in setting_names(ServerConfig) if name in values})
+    repository = RepositoryConfig(**{name: values[name] for name in setting_names(RepositoryConfig) if name in values})
     base = {name: values[name] for name in setting_names(EngineConfig) if name in values}
     flags = {name: base[name] for name in base if name in args}  # a flag also overrides a model's own table
     named = list(args.get("models") or environ.get(ENV_PREFIX + "MODELS", "").split())
     tables = [{"model": name} for name in named] if named else file_models
+    if not tables and not repository.model_repository:
+        tables = [{"model": ""}]  # the embedded default
     entries = tuple(_entry(table, base, flags) for table in tables)
-    return ServeConfig(server=server, models=_with_served_names(entries, args.get("served_model_name"), base))
+    served = _with_served_names(entries, args.get("served_model_name"))
+    return ServeConfig(server=server, repository=repository, engine=EngineConfig(**base), models=served)
 
 
-def _with_served_names(
-    entries: tuple[ModelConfigEntry, ...], served: list[str] | None, base: dict[str, Any]
-) -> tuple[ModelConfigEntry, ...]:
+def _with_served_names(entries: tuple[ModelConfigEntry, ...], served: list[str] | None) -> tuple[ModelConfigEntry, ...]:
     """--served-model-name: with one model all the names are its own (as in vLLM); with several, one name for each."""
     if not served:
         return entries
-    if not entries:
-        entries = (ModelConfigEntry(model="", engine=EngineConfig(**base)),)
     if len(entries) == 1:
         return (dataclasses.replace(entries[0], served_names=tuple(served)),)
     if len(entries) != len(served):
@@ -119,16 +129,16 @@ def _checked(raw: dict[str, Any], known: list[str], where: str) -> dict[str, Any
 
 
 def _all_names() -> list[str]:
-    return [name for section in _SECTIONS for name in setting_names(section)]
+    return [name for section in _SECTIONS.values() for name in setting_names(section)]
 
 
 def _field(name: str) -> dataclasses.Field[Any]:
-    return next(f for section in _SECTIONS for f in dataclasses.fields(section) if f.name == name)
+    return next(f for section in _SECTIONS.values() for f in dataclasses.fields(section) if f.name == name)
 
 
 def _scalar_type(field: dataclasses.Field[Any]) -> type:
     """int for `int | None`."""
-    section = next(s for s in _SECTIONS if field.name in setting_names(s))
+    section = next(s for s in _SECTIONS.values() if field.name in setting_names(s))
     annotation = typing.get_type_hints(section)[field.name]
     if isinstance(annotation, types.UnionType):
         annotation = next(member for member in typing.get_args(annotation) if member is not types.NoneType)
@@ -145,6 +155,8 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 def _convert(name: str, value: Any, where: str) -> Any:
     """A string or TOML value -> the setting's type. Raises ConfigError naming where the value came from."""
     field = _field(name)
+    if field.metadata["kind"] == "list":
+        return _convert_list(value, where)
     wanted = _scalar_type(field)
     try:
         if field.metadata["kind"] == "bytes" and isinstance(value, str):
@@ -164,3 +176,11 @@ def _convert(name: str, value: Any, where: str) -> Any:
     if choices and converted not in choices:
         raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}.")
     return converted
+
+
+def _convert_list(value: Any, where: str) -> tuple[str, ...]:
+    """A list of strings, or one string of names with commas between."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ConfigError(f"{where}: {value!r} is not a list of strings.")
+    return tuple(item.strip() for item in items)

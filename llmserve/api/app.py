@@ -23,18 +23,36 @@ from llmserve.api.protocol import (
     TokenizeTextRequest,
 )
 from llmserve.api.settings import ApiSettings
+from llmserve.api.triton_metrics import GeneralModelMetrics
+from llmserve.api.v2_http import install_v2_http
+from llmserve.api.v2_openapi import describe_v2
+from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.metrics import Metrics
+from llmserve.repository.data_plane import DataPlane
 
 
-def create_app(models: ModelDirectory, settings: ApiSettings, metrics: Metrics) -> FastAPI:
-    """The application over the models served now; `models` may change under it."""
+def create_app(
+    models: ModelDirectory, settings: ApiSettings, metrics: Metrics, plane: DataPlane | None = None
+) -> FastAPI:
+    """The application over the models served now; `models` may change under it. `plane` is what `/v2` speaks for."""
     app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
-    context = ApiContext(models=models, settings=settings, metrics=metrics)
+    context = ApiContext(models=models, settings=settings, metrics=metrics, plane=plane)
     install_error_handlers(app)
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)
     _add_model_routes(app, context)
     _add_status_routes(app, context)
+    if plane is not None:
+        _add_v2(app, plane, settings, metrics)
     return app
+
+
+def _add_v2(app: FastAPI, plane: DataPlane, settings: ApiSettings, metrics: Metrics) -> None:
+    """The Open Inference Protocol: answered before everything else, by a plain ASGI endpoint."""
+    general_metrics = GeneralModelMetrics(plane)
+    metrics.register(general_metrics, general_metrics.render)
+    limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
+    install_v2_http(app, plane, limits, metrics.http)
+    describe_v2(app)
 
 
 def _add_model_routes(app: FastAPI, context: ApiContext) -> None:

@@ -15,7 +15,7 @@ from llmserve.api.context import ApiContext, json_response
 from llmserve.api.logprobs import chat_logprobs, prompt_logprobs
 from llmserve.api.prompts import tokenize_chat
 from llmserve.api.protocol import ChatCompletionRequest
-from llmserve.api.sampling import Wanted, build_spec, check_request
+from llmserve.api.sampling import Wanted, build_spec, check_request, tokenize_bad_words
 from llmserve.api.serving import run_stream, run_whole
 from llmserve.api.validation import parse_request
 from llmserve.backends.generation import Generation, GenerationDelta
@@ -31,7 +31,8 @@ async def chat_completions(http_request: Request, context: ApiContext) -> Respon
     wanted = _wanted(request)
     check_request(request, wanted, generator, context.settings)
     prompt = await tokenize_chat(request, request.add_special_tokens, generator, context.settings)
-    spec = build_spec(request, prompt, wanted, generator, "messages")
+    bad_words = await tokenize_bad_words(request, generator)
+    spec = build_spec(request, prompt, bad_words, wanted, generator, "messages")
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     envelope = {"id": request_id, "created": int(time.time()), "model": request.model or generator.name}
     usage = Usage(prompt_tokens=len(prompt), n=spec.n)

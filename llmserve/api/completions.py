@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from llmserve.api.chunks import Usage
 from llmserve.api.context import ApiContext, json_response
 from llmserve.api.generations import MergedGeneration, PromptOnlyGeneration
 from llmserve.api.logprobs import CompletionLogprobs, prompt_logprobs
-from llmserve.api.prompts import tokenize_text
 from llmserve.api.protocol import CompletionRequest
-from llmserve.api.sampling import Wanted, build_spec, check_request, check_token_ids
+from llmserve.api.sampling import Wanted, build_spec, check_request, check_token_ids, tokenize_bad_words
 from llmserve.api.serving import run_stream, run_whole
 from llmserve.api.validation import parse_request
 from llmserve.backends.generation import Generation, GenerationDelta, GenerationSpec, TextGenerator
@@ -45,8 +45,11 @@ async def completions(http_request: Request, context: ApiContext) -> Response:
     check_request(request, wanted, generator, context.settings)
     if len(request.prompt) > context.settings.max_prompts:
         raise InvalidRequestError(f"'prompt' holds more than {context.settings.max_prompts} prompts.", "prompt")
-    prompts = [await _tokenize(prompt, request, generator, context) for prompt in request.prompt]
-    specs = [build_spec(request, prompt.token_ids, wanted, generator, "prompt") for prompt in prompts]
+    if len(request.prompt) * (request.n or 1) > context.settings.max_sequences:
+        raise InvalidRequestError(f"'n' times the prompts is more than {context.settings.max_sequences}.", "n")
+    prompts = await _tokenize_all(request, generator, context)
+    bad_words = await tokenize_bad_words(request, generator)
+    specs = [build_spec(request, prompt.token_ids, bad_words, wanted, generator, "prompt") for prompt in prompts]
 
     request_id = f"cmpl-{uuid.uuid4().hex}"
     envelope = {"id": request_id, "created": int(time.time()), "model": request.model or generator.name}
@@ -79,18 +82,29 @@ def _wanted(request: CompletionRequest) -> Wanted:
     )
 
 
-async def _tokenize(
-    prompt: str | list[int], request: CompletionRequest, generator: TextGenerator, context: ApiContext
-) -> Prompt:
-    if isinstance(prompt, str):
-        add_special_tokens = request.add_special_tokens is not False
-        return Prompt(await tokenize_text(prompt, add_special_tokens, generator, context.settings), prompt)
-    check_token_ids(prompt, generator.tokenizer, "prompt")
+async def _tokenize_all(request: CompletionRequest, generator: TextGenerator, context: ApiContext) -> list[Prompt]:
+    """Many short texts are as much work as a long one: beyond a size they go to a thread together."""
+    add_special_tokens = request.add_special_tokens is not False
+    texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+    if sum(map(len, texts)) <= context.settings.inline_tokenize_chars:
+        encoded = [generator.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    else:
+        encode = generator.tokenizer.encode_batch
+        encoded = await asyncio.to_thread(encode, texts, add_special_tokens=add_special_tokens)
+    text_prompts = iter(map(Prompt, encoded, texts))
+    return [
+        next(text_prompts) if isinstance(prompt, str) else _given(prompt, request, generator)
+        for prompt in request.prompt
+    ]
+
+
+def _given(token_ids: list[int], request: CompletionRequest, generator: TextGenerator) -> Prompt:
+    """A prompt that came as token ids."""
+    check_token_ids(token_ids, generator, "prompt")
     if not request.echo:
-        return Prompt(prompt, "")
-    return Prompt(
-        prompt, generator.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens is not False)
-    )
+        return Prompt(token_ids, "")
+    shown = generator.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens is not False)
+    return Prompt(token_ids, shown)
 
 
 def _start(request_id: str, specs: list[GenerationSpec], generator: TextGenerator, *, scores_only: bool) -> Generation:

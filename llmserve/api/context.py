@@ -16,6 +16,7 @@ from llmserve.api.settings import ApiSettings
 from llmserve.backends.generation import TextGenerator
 from llmserve.errors import InvalidRequestError, NotReadyError
 from llmserve.metrics import Metrics
+from llmserve.repository.data_plane import DataPlane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class ApiContext:
     models: ModelDirectory
     settings: ApiSettings
     metrics: Metrics
+    plane: DataPlane | None = None  # general models, where they are served
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The body as a JSON object. Raises InvalidRequestError."""

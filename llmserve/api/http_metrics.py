@@ -6,7 +6,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmserve.metrics import HttpMetrics
+from llmserve.http_metrics import HttpMetrics
 
 # Where the streams find the server's own `send`. Each middleware wraps it once more, FastAPI's included, to see the
 # start of the response; through all of them a token would pay for what concerns the first message alone.

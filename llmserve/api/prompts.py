@@ -55,4 +55,6 @@ async def tokenize_chat(
     request: ChatPrompt, add_special_tokens: bool | None, generator: TextGenerator, settings: ApiSettings
 ) -> list[int]:
     """Chat templates write their special tokens themselves, so by default none are added."""
+    if len(request.messages) > settings.max_messages:
+        raise InvalidRequestError(f"'messages' holds more than {settings.max_messages} messages.", "messages")
     return await tokenize_text(render_chat(request, generator.tokenizer), bool(add_special_tokens), generator, settings)

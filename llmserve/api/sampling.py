@@ -5,7 +5,9 @@ Where the client says nothing, the model's generation_config.json decides, then 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,11 @@ from llmserve.api.settings import ApiSettings
 from llmserve.backends.generation import GenerationSpec, TextGenerator
 from llmserve.errors import InvalidRequestError
 from llmserve.messages import SamplingParams
-from llmserve.tokenizer import Tokenizer
 
 _GREEDY_BELOW = 1e-5  # logits divided by less would overflow; vLLM draws the line at the same place
 _SEED_MASK = 2**63 - 1
+_HOTTEST = 1e6  # beyond it every token is as likely as any other
+_LEAST_TOP_P = 1e-6  # a share that float32 can tell from none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,18 +37,21 @@ class Wanted:
 
 def check_request(request: GenerationRequest, wanted: Wanted, generator: TextGenerator, settings: ApiSettings) -> None:
     """All that can be said before the prompt is tokenised. Raises InvalidRequestError."""
-    tokenizer = generator.tokenizer
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("'stream_options' is for streams: set 'stream' to true.", "stream_options")
     if request.n is not None:
         _check_at_most(request.n, settings.max_n, "n")
     _check_strings(request.stop, settings.max_stop_strings, settings.max_stop_chars, "stop")
     _check_strings(request.bad_words, settings.max_bad_words, settings.max_stop_chars, "bad_words")
-    _check_ids(request.stop_token_ids, tokenizer, "stop_token_ids")
-    _check_ids(request.allowed_token_ids, tokenizer, "allowed_token_ids")
+    check_token_ids(request.stop_token_ids or [], generator, "stop_token_ids")
+    check_token_ids(request.allowed_token_ids or [], generator, "allowed_token_ids")
+    if request.priority and not generator.honours_priority:
+        raise InvalidRequestError(
+            "'priority' is honoured only where the server runs with --scheduling-policy priority.", "priority"
+        )
     if request.logit_bias is not None:
         _check_at_most(len(request.logit_bias), settings.max_logit_bias, "logit_bias", "entries")
-        _check_ids(list(request.logit_bias), tokenizer, "logit_bias")
+        check_token_ids(list(request.logit_bias), generator, "logit_bias")
     for value, param in ((wanted.logprobs, wanted.logprobs_param), (request.prompt_logprobs, "prompt_logprobs")):
         if value is not None:
             _check_at_most(value, generator.max_logprobs, param)
@@ -53,13 +59,21 @@ def check_request(request: GenerationRequest, wanted: Wanted, generator: TextGen
         raise InvalidRequestError("'prompt_logprobs' is not available in streams.", "prompt_logprobs")
 
 
-def check_token_ids(token_ids: list[int], tokenizer: Tokenizer, param: str) -> None:
-    """Raises InvalidRequestError if an id is beyond the vocabulary."""
-    _check_ids(token_ids, tokenizer, param)
+def check_token_ids(token_ids: Sequence[int], generator: TextGenerator, param: str) -> None:
+    """Raises InvalidRequestError if an id is beyond the model's vocabulary, which may be less than its tokenizer's."""
+    if token_ids and (largest := max(token_ids)) >= generator.vocab_size:
+        raise InvalidRequestError(
+            f"{param!r} has the token id {largest}, but the vocabulary ends at {generator.vocab_size - 1}.", param
+        )
 
 
 def build_spec(
-    request: GenerationRequest, prompt_token_ids: list[int], wanted: Wanted, generator: TextGenerator, prompt_param: str
+    request: GenerationRequest,
+    prompt_token_ids: list[int],
+    bad_words: list[list[int]],
+    wanted: Wanted,
+    generator: TextGenerator,
+    prompt_param: str,
 ) -> GenerationSpec:
     """The spec of one prompt. `prompt_param` names the prompt in messages. Raises InvalidRequestError."""
     max_tokens = _max_tokens(len(prompt_token_ids), wanted, generator, prompt_param)
@@ -68,7 +82,10 @@ def build_spec(
         raise InvalidRequestError(
             f"'min_tokens' is {min_tokens}, but at most {max_tokens} tokens can be generated.", "min_tokens"
         )
-    tokenizer = generator.tokenizer
+    check_token_ids(prompt_token_ids, generator, prompt_param)
+    stop_token_ids = _stop_token_ids(request, generator)
+    if request.allowed_token_ids is not None and min_tokens and set(request.allowed_token_ids) <= set(stop_token_ids):
+        raise InvalidRequestError("'allowed_token_ids' leaves nothing to say before 'min_tokens'.", "allowed_token_ids")
     return GenerationSpec(
         prompt_token_ids=prompt_token_ids,
         sampling=SamplingParams(
@@ -79,8 +96,8 @@ def build_spec(
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=request.logit_bias or None,
             allowed_token_ids=request.allowed_token_ids,
-            bad_words=_bad_word_ids(request.bad_words or [], tokenizer) or None,
-            stop_token_ids=_stop_token_ids(request, tokenizer),
+            bad_words=bad_words or None,
+            stop_token_ids=stop_token_ids,
             logprobs=wanted.logprobs,
             prompt_logprobs=_largest(wanted.prompt_logprobs, request.prompt_logprobs),
             **_filters(request, generator),
@@ -108,9 +125,9 @@ def _filters(request: GenerationRequest, generator: TextGenerator) -> dict[str, 
     temperature = resolve("temperature", request.temperature, 1.0)
     top_k = int(resolve("top_k", request.top_k, 0))
     return {
-        "temperature": 0.0 if temperature < _GREEDY_BELOW else float(temperature),
-        "top_p": float(resolve("top_p", request.top_p, 1.0)),
-        "top_k": 0 if top_k <= 0 or top_k >= generator.tokenizer.vocab_size else top_k,
+        "temperature": 0.0 if temperature < _GREEDY_BELOW else min(float(temperature), _HOTTEST),
+        "top_p": max(float(resolve("top_p", request.top_p, 1.0)), _LEAST_TOP_P),
+        "top_k": 0 if top_k <= 0 or top_k >= generator.vocab_size else top_k,
         "min_p": float(resolve("min_p", request.min_p, 0.0)),
         "repetition_penalty": float(resolve("repetition_penalty", request.repetition_penalty, 1.0)),
     }
@@ -141,20 +158,21 @@ def _max_tokens(num_prompt_tokens: int, wanted: Wanted, generator: TextGenerator
     return min(int(candidate) for candidate in candidates if candidate is not None)
 
 
-def _stop_token_ids(request: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
-    model_ends = () if request.ignore_eos else tokenizer.eos_token_ids
+def _stop_token_ids(request: GenerationRequest, generator: TextGenerator) -> list[int]:
+    ends = () if request.ignore_eos else generator.tokenizer.eos_token_ids
+    model_ends = [token_id for token_id in ends if token_id < generator.vocab_size]
     return list(dict.fromkeys([*model_ends, *(request.stop_token_ids or [])]))
 
 
-def _bad_word_ids(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Each word as it stands at the start of a text and after a space: the two are different tokens."""
-    sequences: list[list[int]] = []
-    for word in words:
-        for text in (word, " " + word.lstrip()):
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            if token_ids and token_ids not in sequences:
-                sequences.append(token_ids)
-    return sequences
+async def tokenize_bad_words(request: GenerationRequest, generator: TextGenerator) -> list[list[int]]:
+    """Each word as it stands at the start of a text and after a space: the two are different tokens. In a thread."""
+    if not request.bad_words:
+        return []
+    texts = [text for word in request.bad_words for text in (word, " " + word.lstrip())]
+    sequences = await asyncio.to_thread(generator.tokenizer.encode_batch, texts, add_special_tokens=False)
+    unique = dict.fromkeys(tuple(sequence) for sequence in sequences if sequence)
+    check_token_ids([token_id for sequence in unique for token_id in sequence], generator, "bad_words")
+    return [list(sequence) for sequence in unique]
 
 
 def _largest(*values: int | None) -> int | None:
@@ -175,12 +193,4 @@ def _check_strings(strings: list[str] | None, max_count: int, max_chars: int, pa
             raise InvalidRequestError(
                 f"{param!r} has at {position} a string of {len(string)} characters; at most {max_chars} are allowed.",
                 param,
-            )
-
-
-def _check_ids(token_ids: list[int] | None, tokenizer: Tokenizer, param: str) -> None:
-    for token_id in token_ids or ():
-        if token_id >= tokenizer.vocab_size:
-            raise InvalidRequestError(
-                f"{param!r} has the token id {token_id}, but the vocabulary ends at {tokenizer.vocab_size - 1}.", param
             )

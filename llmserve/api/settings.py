@@ -13,6 +13,8 @@ class ApiSettings:
     keep_alive_s: float = 15.0  # a stream with nothing to say sends an SSE comment this often
     max_n: int = 128
     max_prompts: int = 1024  # in one request to /v1/completions
+    max_sequences: int = 1024  # prompts times n
+    max_messages: int = 4096
     max_stop_strings: int = 16
     max_stop_chars: int = 1024  # of one stop string or bad word: that much text may have to be held back
     max_logit_bias: int = 1024

@@ -45,7 +45,7 @@ def health(context: ApiContext) -> Response:
 def ready(context: ApiContext) -> Response:
     """GET /ready: 503 while a model does not take requests. Waiting, or sending them elsewhere, would help then."""
     is_ready = {name: context.models.get(name).is_ready() for name in context.models.names}
-    ok = bool(is_ready) and all(is_ready.values())
+    ok = all(is_ready.values()) and (bool(is_ready) if context.plane is None else context.plane.server_ready())
     return json_response({"status": "ready" if ok else "not ready", "ready": is_ready}, 200 if ok else 503)
 
 

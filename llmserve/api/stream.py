@@ -75,6 +75,7 @@ class EventStreamResponse(Response):
         self._on_disconnect = on_disconnect
         self._started = False
         self._last_send_s = 0.0
+        self._sending = False  # in the middle of a send, or past the last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what the generation raises before its first token; ClientDisconnectedError if nobody listens."""
@@ -84,8 +85,8 @@ class EventStreamResponse(Response):
 
         async def keep_alive() -> float:
             quiet_s = loop.time() - self._last_send_s
-            if quiet_s < self._keep_alive_s:
-                return self._keep_alive_s - quiet_s
+            if quiet_s < self._keep_alive_s or self._sending:  # a slow reader holds a send back: nothing is quiet
+                return max(self._keep_alive_s - quiet_s, 1.0)
             await self._send(_KEEP_ALIVE)
             return self._keep_alive_s
 
@@ -119,4 +120,6 @@ class EventStreamResponse(Response):
             self._started = True
             headers = self.raw_headers
             await self._start_send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        self._sending = True
         await self._body_send({"type": "http.response.body", "body": body, "more_body": more_body})
+        self._sending = not more_body

@@ -43,5 +43,5 @@ async def detokenize(http_request: Request, context: ApiContext) -> Response:
     """The text of token ids, special tokens included."""
     request = parse_request(DetokenizeRequest, await context.read_json(http_request))
     generator = context.generator(request.model)
-    check_token_ids(request.tokens, generator.tokenizer, "tokens")
+    check_token_ids(request.tokens, generator, "tokens")
     return json_response({"prompt": generator.tokenizer.decode(request.tokens, skip_special_tokens=False)})

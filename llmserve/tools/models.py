@@ -33,11 +33,12 @@ def run_list(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     table = Table(box=None, pad_edge=False)
-    for title in ("MODEL", "FROM", "SIZE", "HERE", "WHAT"):
-        table.add_column(title, no_wrap=title != "WHAT")
+    for title in ("MODEL", "FROM", "SIZE", "HERE", "QUANTIZATION", "WHAT"):
+        table.add_column(title, no_wrap=title not in ("QUANTIZATION", "WHAT"))
     for listing in listings:
         here = "yes" if listing.path else "no"
-        table.add_row(listing.name, listing.kind, format_bytes(listing.size_bytes), here, listing.description)
+        size, quantizations = format_bytes(listing.size_bytes), ", ".join(listing.quantizations) or "damaged"
+        table.add_row(listing.name, listing.kind, size, here, quantizations, listing.description)
     Console().print(table)
     return 0
 

@@ -25,6 +25,10 @@ class LoadingDisplay:
         """Prints a model's plan above the bars when it is known."""
         return lambda plan: self._progress.console.print(plan_table(name, plan))
 
+    def fetching(self, name: str) -> StageProgress:
+        """Bars for the stages of getting a model."""
+        return _bars(self._progress, name)
+
     def progress_bar(self, name: str) -> Callable[[LoadProgress], None]:
         """A bar of the bytes loaded."""
         report = _bars(self._progress, name)
@@ -49,11 +53,12 @@ class StartupDisplay:
         with _progress(self._console) as progress:
             yield LoadingDisplay(progress)
 
-    def ready(self, url: str, names: list[str], seconds: float) -> None:
-        """The line people wait for."""
-        served = ", ".join(names)
+    def ready(self, url: str, grpc: str | None, names: list[str], seconds: float) -> None:
+        """The line people wait for. `grpc` is the address of gRPC, if there is any."""
+        served = ", ".join(names) or "nothing yet"
+        also = f" gRPC: {grpc}." if grpc else ""
         self._console.print(
-            f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}. Docs: {url}/docs",
+            f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}.{also} Docs: {url}/docs",
             soft_wrap=True,
         )
 

@@ -37,6 +37,9 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens) for text in texts]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         shown = [t for t in token_ids if not skip_special_tokens or t < 256]
         return b"".join(self.token_bytes(token) for token in shown).decode("utf-8", "replace")
@@ -162,6 +165,8 @@ class ScriptedModel:
     created = 1700000000
     max_model_len = 512
     max_logprobs = 5
+    honours_priority = True
+    vocab_size = VOCAB_SIZE
 
     def __init__(self, name: str, script: Script) -> None:
         self.name = name

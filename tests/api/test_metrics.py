@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmserve.histogram import Histogram
 from llmserve.messages import EngineStats, FinishReason
-from llmserve.metrics import Histogram, Metrics, ModelMetrics, one_two_five
+from llmserve.metrics import Metrics, ModelMetrics, one_two_five
 
 # What vLLM's own Grafana dashboards query (examples/observability), and what routers read.
 DASHBOARD_SERIES = [
@@ -32,6 +33,9 @@ DASHBOARD_SERIES = [
     "prefix_cache_hits_total",
     "num_preemptions_total",
     "prompt_tokens_cached_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
     "request_params_n_bucket",
     "request_params_max_tokens_bucket",
     "request_inference_time_seconds_bucket",
@@ -63,6 +67,9 @@ def used() -> Metrics:
             num_preemptions=1,
             prefix_cache_queries=10,
             prefix_cache_hits=8,
+            num_drafts=2,
+            num_draft_tokens=9,
+            num_accepted_tokens=5,
         )
     )
     model.observe_first_token(0.02)
@@ -112,6 +119,9 @@ def test_values(used):
     assert value("prompt_tokens_cached_total") == 8
     assert value("prefix_cache_hits_total") == 8
     assert value("num_preemptions_total") == 1
+    assert value("spec_decode_num_drafts_total") == 2
+    assert value("spec_decode_num_draft_tokens_total") == 9
+    assert value("spec_decode_num_accepted_tokens_total") == 5
     assert value("inter_token_latency_seconds_count") == 3
     assert value("inter_token_latency_seconds_sum") == pytest.approx(0.012)
     assert value("request_time_per_output_token_seconds_sum") == pytest.approx(0.2)

@@ -27,7 +27,7 @@ def write(path: Path, text: str) -> str:
 def test_defaults_leave_the_model_and_the_limits_open() -> None:
     config = load()
     assert config.server.port == 8000
-    assert config.models == ()
+    assert [entry.model for entry in config.models] == [""]  # the embedded default
 
 
 def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -72,6 +72,7 @@ def test_booleans_have_a_flag_each_way() -> None:
         (["--port", "70000"], {}, "port"),
         (["m", "--max-model-len", "0"], {}, "max_model_len"),
         (["m", "--dtype", "int3"], {}, "float32, bfloat16"),
+        (["m", "--quantization", "awq"], {}, "auto, none, q8_0, int8, gguf"),
         (["m", "--kv-cache-memory", "lots"], {}, "512M"),
         (["m", "--block-size", "20"], {}, "multiple of 16"),
         (["m", "--itl-slowdown", "1.0"], {}, "itl_slowdown"),
@@ -103,7 +104,8 @@ def test_a_bad_file_is_an_error_that_names_the_key(tmp_path: Path, text: str, na
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("1024", 1024), ("2GiB", 2**31), ("512M", 512 * 10**6), ("1.5g", 15 * 10**8), ("3 KiB", 3072)]
+    ("text", "expected"),
+    [("1024", 1024), ("2GiB", 2**31), ("512M", 512 * 10**6), ("1.5g", 15 * 10**8), ("3 KiB", 3072)],
 )
 def test_bytes(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected

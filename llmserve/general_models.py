@@ -1,0 +1,84 @@
+"""The half of the server that is not LLMs, put together: model repository, v2 over HTTP and gRPC, Triton's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from llmserve import __version__
+from llmserve.api.settings import ApiSettings
+from llmserve.api.v2_grpc import GrpcServer
+from llmserve.api.v2_llm import LanguageModel
+from llmserve.backends.general import GeneralModel
+from llmserve.config import RepositoryConfig, ServerConfig
+from llmserve.repository.data_plane import DataPlane
+from llmserve.repository.model_repository import ModelRepository, ProgressOf
+from llmserve.repository.served_models import ServedModels
+from llmserve.repository.settings import ModelControlMode, RepositorySettings
+
+
+class GeneralModels:
+    """Lives as long as the server. LLMs stand in the same index and answer the same protocol."""
+
+    def __init__(self, config: RepositoryConfig, server: ServerConfig, llms: ServedModels, api: ApiSettings) -> None:
+        self._server = server
+        self._inline = frozenset(config.inline)
+        self._repository = ModelRepository(_repository_settings(config, server), self._open)
+        self.plane = DataPlane(self._repository, version=__version__, llms=_LanguageModels(llms, api))
+        self._grpc: GrpcServer | None = None
+
+    async def start(self, http_port: int, progress_of: ProgressOf) -> str | None:
+        """Loads the repository and opens the gRPC port. Returns its address, None if there is to be no gRPC."""
+        if self._server.grpc:
+            port = self._server.grpc_port
+            if port is None:
+                port = http_port + 1 if self._server.port else 0
+            self._grpc = GrpcServer(self.plane, self._server.host, port)
+            await self._grpc.start()
+        await self._repository.start(progress_of)
+        return f"{self._server.host}:{self._grpc.port}" if self._grpc else None
+
+    @property
+    def names(self) -> list[str]:
+        """The general models that serve."""
+        return [model.name for model in self._repository.models if model.ready]
+
+    @property
+    def hugging_face_folders(self) -> Sequence[Path]:
+        """Language models that lie in the repository; known once it is started."""
+        return self._repository.hugging_face_folders
+
+    async def stop(self, drain_s: float) -> None:
+        """In-flight requests finish first."""
+        if self._grpc is not None:
+            await self._grpc.stop(drain_s)
+        await self._repository.stop()
+
+    def _open(self, name: str, version: str, version_path: Path, model_path: Path, config: ModelConfig) -> GeneralModel:
+        inline = not self._inline.isdisjoint((name, "*"))
+        return GeneralModel(name, version, version_path, model_path, config, inline=inline)
+
+
+class _LanguageModels:
+    """The LLMs as v2 models, made once each."""
+
+    def __init__(self, llms: ServedModels, settings: ApiSettings) -> None:
+        self._llms = llms
+        self._settings = settings
+        self._models: dict[str, LanguageModel] = {}
+
+    def __call__(self) -> Sequence[LanguageModel]:
+        for name in self._llms.names:
+            if name not in self._models:
+                self._models[name] = LanguageModel(name, self._llms.get(name), self._settings)
+        return list(self._models.values())
+
+
+def _repository_settings(config: RepositoryConfig, server: ServerConfig) -> RepositorySettings:
+    names = {field.name for field in fields(RepositorySettings)} & {field.name for field in fields(config)}
+    values = {name: getattr(config, name) for name in names}
+    values["model_control_mode"] = ModelControlMode(config.model_control_mode)
+    return RepositorySettings(**values, exit_timeout_secs=server.drain_timeout_s)
