@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ BITS = (16, 8, 4)
 
 def main() -> int:
     options = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, or the server that runs would stay
     layout = Layout(options.work_dir, options.model or embedded.fetch(embedded.DEFAULT_LLM))
     if options.command == "setup":
         install(options.names, layout)
