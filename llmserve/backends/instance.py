@@ -105,6 +105,7 @@ class InstanceProcess:
         with theirs:
             return await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # the current directory holds none of our modules
                 "-m",
                 "llmserve.backends.model_process",
                 str(theirs.fileno()),

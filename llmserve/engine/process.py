@@ -105,8 +105,11 @@ class EngineLoop:
             self._send(StepOutputs(self._core.num_steps, time.monotonic(), [refused], self._core.stats()))
 
 
-def build_core(config: EngineConfig, send: Send, server_pid: int) -> tuple[EngineCore, EngineReady]:
-    """Plans, says the plan, loads. Raises an LLMServeError that says what is wrong with the model or the machine."""
+def build_core(config: EngineConfig, send: Send, server_pid: int | None = None) -> tuple[EngineCore, EngineReady]:
+    """Plans, says the plan, loads; gives up if the server that waits for it has ended.
+
+    Raises an LLMServeError that says what is wrong with the model or the machine.
+    """
     started = time.monotonic()
     prepared = prepare_model(config)
     plan = prepared.plan
@@ -116,7 +119,7 @@ def build_core(config: EngineConfig, send: Send, server_pid: int) -> tuple[Engin
     def progress(done: int, total: int) -> None:
         nonlocal last_sent
         now = time.monotonic()
-        if os.getppid() != server_pid:
+        if server_pid is not None and os.getppid() != server_pid:
             raise EngineDeadError("The server process has ended.")
         if done >= total or now - last_sent > _PROGRESS_S:
             last_sent = now

@@ -33,6 +33,19 @@ RAISE, EXIT, SYS_EXIT, KILL, HANG, NONSENSE, PID, DEAF, GREEDY = range(1, 10)
 TWO = PYTHON + "instance_group [ { count: 2 kind: KIND_CPU } ]"
 
 
+def model_processes() -> list[psutil.Process]:
+    """Children of this process that run a model: other tests' servers are none of ours."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "llmserve.backends.model_process" in _command(child)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 @pytest.mark.parametrize(
     ("mood", "text"),
     [
@@ -191,11 +204,11 @@ def test_a_load_that_hangs_is_ended(tmp_path: Path, where: str) -> None:
     source = hang if where == "import" else MOODY + f"    def initialize(self, args):\n        {hang}\n"
 
     async def scenario() -> None:
-        before = psutil.Process().children()
+        before = model_processes()
         with pytest.raises(ModelLoadError, match="within 1 s; it has been killed"):
             async with running(tmp_path, {"model.py": source}, load_timeout_s=1.0):
                 pass
-        assert psutil.Process().children() == before
+        assert model_processes() == before
 
     asyncio.run(scenario())
 
@@ -210,7 +223,7 @@ def test_one_instance_that_cannot_load_ends_them_all(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match="not twice"):
             async with running(tmp_path, {"model.py": source}, TWO):
                 pass
-        assert psutil.Process().children() == []
+        assert model_processes() == []
 
     asyncio.run(scenario())
 
@@ -267,7 +280,7 @@ def test_twenty_loads_leave_nothing_behind(tmp_path: Path) -> None:
                 await infer(model, INPUT0=fp32(*range(50_000)))
         assert open_descriptors() == before
         assert set(os.listdir("/dev/shm")) == shared
-        assert psutil.Process().children(recursive=True) == []
+        assert model_processes() == []
 
     asyncio.run(scenario())
 

@@ -1,0 +1,29 @@
+"""Every benchmark of this machine, one after the other: `make bench`. Each can be run by itself too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+MODULES = (
+    "bench_scheduler",  # host cost of a step
+    "bench_server",  # server process, a streamed token
+    "bench_general",  # general models, a request
+    "bench_cpu_kernels",  # kernels against the machine's limits
+    "bench_decode",  # weight formats, tokens a second
+    "bench_speculation",  # drafts on and off
+    "bench_end_to_end",  # the whole server
+)
+
+
+def main() -> int:
+    """The number of benchmarks that failed."""
+    failed = 0
+    for module in MODULES:
+        print(f"\n== {module}", flush=True)
+        failed += subprocess.run([sys.executable, "-m", f"benchmarks.{module}"], check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
