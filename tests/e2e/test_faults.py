@@ -88,6 +88,21 @@ def test_sigterm_lets_a_stream_finish(start_server: Callable[..., Any], smollm2_
         assert probe.connect_ex((urlsplit(server.url).hostname, urlsplit(server.url).port)) != 0
 
 
+def test_a_second_signal_ends_it_at_once(start_server: Callable[..., Any], smollm2_path: Path) -> None:
+    server = start_server("--kv-cache-memory", "64MiB")
+    stream = server.client().completions.create(**PROMPT, max_tokens=2000, stream=True, extra_body={"ignore_eos": True})
+    next(stream)
+    engine = server.engines()[0]
+    server.process.terminate()
+    for _ in range(5):
+        next(stream)  # the first signal lets it go on
+    server.process.terminate()
+    with pytest.raises((httpx.HTTPError, openai.APIError)):
+        list(stream)
+    assert server.process.wait(10) == 0  # far below the 30 s that draining may take
+    assert not engine.is_running()
+
+
 def test_an_engine_that_is_killed_is_said_to_be_dead(start_server: Callable[..., Any], smollm2_path: Path) -> None:
     server = start_server("--kv-cache-memory", "64MiB")
     stream = server.client().completions.create(**PROMPT, max_tokens=2000, stream=True, extra_body={"ignore_eos": True})
