@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from llmserve.config import EngineConfig
 from llmserve.errors import ConfigError
+from llmserve.kernels.cpu.ops import usable_cores
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.select import select_ops
 from llmserve.messages import MemoryPlan
@@ -64,7 +64,7 @@ def prepare_model(config: EngineConfig) -> PreparedModel:
     """Reads the model's description and plans. Raises ConfigError, ModelLoadError, InsufficientMemoryError."""
     device = _choose_device(config.device)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or num_usable_cores())
+        torch.set_num_threads(config.num_threads or usable_cores())
     path = Path(config.model)
     model_config = read_model_config(path)
     source = open_weights(path, model_config)
@@ -89,11 +89,6 @@ def _plan_weights(model: ModelConfig, formats: dict[str, str], dtype: torch.dtyp
         return ops.linear_bytes(formats[matrix.name], matrix.out_features, matrix.in_features, dtype, matrix.has_bias)
 
     return WeightPlan(describe_formats(model, formats), weight_bytes(model, dtype.itemsize, linear_bytes))
-
-
-def num_usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose_device(name: str) -> torch.device:
