@@ -13,7 +13,7 @@ import zmq
 
 from llmserve.engine.core import EngineCore
 from llmserve.engine.launch import EngineLaunch
-from llmserve.engine.process import EngineLoop
+from llmserve.engine.loop import EngineLoop
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineReady, FromEngine, MemoryPlan
 from llmserve.scheduler.budget import FixedBudget

@@ -109,14 +109,17 @@ class ServerConfig:
     max_body_bytes: int = setting(32 * 2**20, "Largest request body.", kind="bytes")
     keep_alive_s: float = setting(15.0, "A silent stream gets an SSE comment this often.")
     drain_timeout_s: float = setting(30.0, "After SIGTERM, requests in flight may take this long to finish.")
-    stall_timeout_s: float = setting(60.0, "An engine with work whose steps do not advance for this long is not live.")
+    stall_timeout_s: float = setting(
+        10.0, "An engine that has work, and whose steps do not advance for this long, is replaced."
+    )
+    restart_timeout_s: float = setting(120.0, "Requests in flight wait this long for an engine to be replaced.")
     vllm_metrics: bool = setting(True, "Expose metrics under vLLM's names too, for its dashboards.")
 
     def __post_init__(self) -> None:
         for name, port in (("port", self.port), ("grpc_port", self.grpc_port or 0)):
             if not 0 <= port <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {port}.")
-        for name in ("max_body_bytes", "keep_alive_s", "stall_timeout_s"):
+        for name in ("max_body_bytes", "keep_alive_s", "stall_timeout_s", "restart_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
 

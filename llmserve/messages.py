@@ -47,7 +47,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class EngineRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
-    """One sequence to generate. `n > 1` is several of these: their prompts meet in the prefix cache."""
+    """One sequence to generate. `n > 1` is several of these: their prompts meet in the prefix cache.
+
+    `output_token_ids` are what an earlier engine has generated of it, and the client has been told: it goes on behind
+    them as if they had been generated here, positions, penalties and limits included.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -55,6 +59,7 @@ class EngineRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True)
     arrival_s: float
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # requests share cached blocks only within one salt
+    output_token_ids: list[int] = []
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):

@@ -65,6 +65,10 @@ class ModelMetrics:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self.client_disconnects = 0
+        self.engine_restarts = 0
+        self.engine_stalls = 0
+        self.requests_resubmitted = 0
+        self.requests_isolated = 0
         self.finished = dict.fromkeys(FinishReason, 0)
         self.cache_config: dict[str, str] = {}
 
@@ -84,6 +88,7 @@ class ModelMetrics:
         self.request_params_max_tokens = Histogram(tokens)
         self.request_params_n = Histogram(_PARAMS_N)
         self.request_num_preemptions = Histogram(_PREEMPTIONS)
+        self.engine_recovery_s = Histogram(_LATENCY_S)
 
     # The token path.
 
@@ -162,6 +167,12 @@ class ModelMetrics:
         """A client went away before its answer was complete."""
         self.client_disconnects += 1
 
+    def observe_engine_restart(self, recovery_s: float, num_resubmitted: int) -> None:
+        """An engine that died has been replaced `recovery_s` seconds later, and has got its requests."""
+        self.engine_restarts += 1
+        self.requests_resubmitted += num_resubmitted
+        self.engine_recovery_s.observe(recovery_s)
+
     def set_cache_config(
         self, block_size: int, num_blocks: int, cache_dtype: str = "auto", prefix_caching: bool = True
     ) -> None:
@@ -193,6 +204,10 @@ class ModelMetrics:
         yield "spec_decode_num_draft_tokens", "Draft tokens verified.", self.num_draft_tokens
         yield "spec_decode_num_accepted_tokens", "Draft tokens accepted.", self.num_accepted_tokens
         yield "client_disconnects", "Requests aborted because their client went away.", self.client_disconnects
+        yield "engine_restarts", "Engines that died and were replaced.", self.engine_restarts
+        yield "engine_stalls", "Engines killed because they were hung.", self.engine_stalls
+        yield "requests_resubmitted", "Sequences that went on in another engine.", self.requests_resubmitted
+        yield "requests_isolated", "Sequences given up because they end every engine.", self.requests_isolated
 
     def histograms(self) -> Iterable[tuple[str, str, Histogram]]:
         """(name, help, histogram)."""
@@ -212,6 +227,7 @@ class ModelMetrics:
         yield "request_params_max_tokens", "max_tokens of a request.", self.request_params_max_tokens
         yield "request_params_n", "n of a request.", self.request_params_n
         yield "request_num_preemptions", "Preemptions of a request.", self.request_num_preemptions
+        yield "engine_recovery_seconds", "Death of an engine to its replacement.", self.engine_recovery_s
 
 
 class Metrics(Collector):

@@ -10,13 +10,15 @@ from llmserve.messages import SamplingParams
 
 @dataclass(slots=True, frozen=True)
 class NewRequestData:
-    """A request the worker has not seen: everything it needs to know, once."""
+    """A request the worker has not seen: everything it needs to know, once. One that another engine has begun brings
+    the tokens of its answer with it."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     block_ids: list[int]
     num_computed_tokens: int
+    output_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from llmserve.messages import EngineRequest, FinishReason, SamplingParams
+from llmserve.scheduler.output import NewRequestData
 
 
 class RequestStatus(enum.Enum):
@@ -49,7 +50,7 @@ class Request:
         self.prompt_token_ids = request.prompt_token_ids
         self.params = request.params
         self.key = key
-        self.token_ids = request.prompt_token_ids.copy()  # prompt and output
+        self.token_ids = request.prompt_token_ids + request.output_token_ids
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.min_num_tokens = self.num_prompt_tokens + request.params.min_tokens
         self.max_num_tokens = min(self.num_prompt_tokens + request.params.max_tokens, max_model_len)
@@ -82,6 +83,17 @@ class Request:
         if not self.takes_drafts or self.num_computed_tokens != num_tokens or num_tokens < self.min_num_tokens:
             return 0
         return self.max_num_tokens - num_tokens - 1
+
+    def as_new(self, block_ids: list[int]) -> NewRequestData:
+        """What the worker has to know of it before its first step."""
+        return NewRequestData(
+            self.request_id,
+            self.prompt_token_ids,
+            self.params,
+            block_ids,
+            self.num_computed_tokens,
+            self.output_token_ids,
+        )
 
     def append(self, token_id: int) -> bool:
         """Adds a sampled token; returns whether it ends the request, and then sets `finish_reason`.

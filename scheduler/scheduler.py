@@ -14,7 +14,7 @@ from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, EngineStats, SequenceOutput
 from llmserve.scheduler.budget import TokenBudget
 from llmserve.scheduler.drafts import MAX_STEP_DRAFTS, DraftCandidate, Drafter
-from llmserve.scheduler.output import NewRequestData, ResumedRequestData, SchedulerOutput
+from llmserve.scheduler.output import ResumedRequestData, SchedulerOutput
 from llmserve.scheduler.policy import Policy
 from llmserve.scheduler.request import Request, RequestStatus
 from llmserve.scheduler.request_queue import RequestQueue
@@ -107,20 +107,20 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises InvalidRequestError if it could never run, and then knows nothing of it."""
-        num_prompt_tokens = len(request.prompt_token_ids)
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         if request.request_id in self._requests:
             raise InvalidRequestError(f"The request id {request.request_id!r} is in use.", "request_id")
-        if not num_prompt_tokens:
+        if not request.prompt_token_ids:
             raise InvalidRequestError("The prompt is empty: give at least one token.", "prompt")
-        if num_prompt_tokens >= self._num_pool_tokens:
+        if num_tokens >= self._num_pool_tokens:
             raise InvalidRequestError(
-                f"The prompt has {num_prompt_tokens} tokens, but the KV cache holds {self._num_pool_tokens} in all, "
+                f"The prompt has {num_tokens} tokens, but the KV cache holds {self._num_pool_tokens} in all, "
                 "one of them for the answer. Shorten the prompt, or give the server more --kv-cache-memory.",
                 "prompt",
             )
-        if num_prompt_tokens >= self._max_model_len:
+        if num_tokens >= self._max_model_len:
             raise InvalidRequestError(
-                f"The prompt has {num_prompt_tokens} tokens, but the context is {self._max_model_len} tokens, one of "
+                f"The prompt has {num_tokens} tokens, but the context is {self._max_model_len} tokens, one of "
                 "them for the answer. Shorten the prompt.",
                 "prompt",
             )
@@ -271,7 +271,7 @@ class Scheduler:
             request.num_slots = len(block_ids) * kv_cache.block_size
             if request.status is RequestStatus.WAITING:
                 self._start(request, may_skip, now_s)
-                output.new_requests.append(_new_request_data(request, block_ids))
+                output.new_requests.append(request.as_new(block_ids))
             else:
                 output.resumed_requests[request.request_id] = ResumedRequestData(block_ids, request.num_computed_tokens)
             request.status = RequestStatus.RUNNING
@@ -342,9 +342,3 @@ class Scheduler:
         if self._drafter is not None:
             self._drafter.forget(request.request_id)
         del self._requests[request.request_id]
-
-
-def _new_request_data(request: Request, block_ids: list[int]) -> NewRequestData:
-    return NewRequestData(
-        request.request_id, request.prompt_token_ids, request.params, block_ids, request.num_computed_tokens
-    )

@@ -63,7 +63,7 @@ DOORS = {
     "llmserve.api.stream": "an HTTP handler whose answer has begun",
     "llmserve.api.v2_http": "the v2 HTTP handlers",
     "llmserve.api.v2_grpc_service": "the gRPC interceptor",
-    "llmserve.engine.process": "the engine's loop",
+    "llmserve.engine.loop": "the engine's loop",
     "llmserve.backends.backend_runner": "a model process's loop, which runs other people's code",
 }
 # Waits for a point in time that are the purpose of the code, not a poll.

@@ -47,8 +47,8 @@ class ApiContext:
         Raises NotReadyError too.
         """
         generator = self.generator(name)
-        if not generator.is_ready():
-            raise NotReadyError(f"The model {generator.name!r} takes no requests now. GET /ready says when it does.")
+        if not generator.takes_requests():
+            raise NotReadyError(f"The model {generator.name!r} takes no requests now: it is {generator.reason}")
         return generator
 
 

@@ -36,17 +36,25 @@ def _model_card(name: str, generator: TextGenerator) -> dict[str, Any]:
 
 
 def health(context: ApiContext) -> Response:
-    """GET /health: 503 if an engine is dead, or has work and its steps do not advance. Restarting would help then."""
+    """GET /health: 503 if an engine is gone and cannot be brought back. Restarting the server would help then."""
     live = {name: context.models.get(name).is_live() for name in context.models.names}
     ok = all(live.values())
-    return json_response({"status": "ok" if ok else "unhealthy", "live": live}, 200 if ok else 503)
+    answer = {"status": "ok" if ok else "unhealthy", "live": live, **_reasons(context)}
+    return json_response(answer, 200 if ok else 503)
 
 
 def ready(context: ApiContext) -> Response:
     """GET /ready: 503 while a model does not take requests. Waiting, or sending them elsewhere, would help then."""
     is_ready = {name: context.models.get(name).is_ready() for name in context.models.names}
     ok = all(is_ready.values()) and (bool(is_ready) if context.plane is None else context.plane.server_ready())
-    return json_response({"status": "ready" if ok else "not ready", "ready": is_ready}, 200 if ok else 503)
+    answer = {"status": "ready" if ok else "not ready", "ready": is_ready, **_reasons(context)}
+    return json_response(answer, 200 if ok else 503)
+
+
+def _reasons(context: ApiContext) -> dict[str, dict[str, str]]:
+    """Why those models are not ready that are not."""
+    reasons = {name: context.models.get(name).reason for name in context.models.names}
+    return {"reasons": {name: reason for name, reason in reasons.items() if reason}} if any(reasons.values()) else {}
 
 
 def render_metrics(context: ApiContext) -> Response:

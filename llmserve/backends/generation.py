@@ -79,11 +79,20 @@ class TextGenerator(Protocol):
     sampling_defaults: SamplingDefaults
 
     def is_ready(self) -> bool:
-        """Loaded, and taking requests."""
+        """Loaded, and running requests."""
         ...
 
     def is_live(self) -> bool:
-        """False if the engine is dead, or has work and its steps do not advance."""
+        """False if it runs no requests, and nothing is being done about it."""
+        ...
+
+    def takes_requests(self) -> bool:
+        """Ready, or about to be again: requests wait for it."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; empty when it is."""
         ...
 
     def generate(self, request_id: str, spec: GenerationSpec) -> Generation:

@@ -1,7 +1,6 @@
-"""A served LLM: token ids to the engine, text back. Knows no HTTP and no sockets.
+"""A served LLM: token ids to the engine, text back. Knows no HTTP and no sockets, and not how many engines it took.
 
-Here is the truth about every request in flight: its prompt, its parameters, its tokens so far. Detokenising, stop
-strings and metrics happen here, in the server process, as one step's message comes in.
+Detokenising, stop strings and metrics happen here, in the server process, as one step's message comes in.
 """
 
 from __future__ import annotations
@@ -13,17 +12,11 @@ from collections.abc import Callable, Sequence
 from llmserve.backends.generation import GenerationSpec, SamplingDefaults
 from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
-from llmserve.engine.client import ENGINE_COMMAND, EngineClient, EngineState
+from llmserve.engine.client import ENGINE_COMMAND
+from llmserve.engine.supervision import SupervisionSettings
+from llmserve.engine.supervisor import EngineSupervisor
 from llmserve.errors import LLMServeError, NotReadyError, QueueFullError
-from llmserve.messages import (
-    AbortRequests,
-    EngineReady,
-    EngineRequest,
-    EngineStats,
-    LoadProgress,
-    MemoryPlan,
-    StepOutputs,
-)
+from llmserve.messages import EngineReady, EngineRequest, EngineStats, LoadProgress, MemoryPlan, StepOutputs
 from llmserve.metrics import Metrics
 from llmserve.tokenizer import Tokenizer
 
@@ -31,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class LLM:
-    """One language model, its tokenizer and its engine process. Implements `TextGenerator`."""
+    """One language model, its tokenizer and its engine. Implements `TextGenerator` and `EngineEvents`."""
 
     def __init__(
         self,
@@ -54,11 +47,11 @@ class LLM:
         self.tokenizer = tokenizer
         self.sampling_defaults = sampling_defaults
         self.metrics = metrics.model(name)
-        self.engine = EngineClient(
-            config, self._on_step, self.metrics.observe_step, self._on_dead, server.log_level, engine_command
+        supervision = SupervisionSettings(
+            stall_timeout_s=server.stall_timeout_s, restart_timeout_s=server.restart_timeout_s
         )
+        self.engine = EngineSupervisor(name, config, self, self.metrics, supervision, server.log_level, engine_command)
         self._prefix_caching = config.enable_prefix_caching
-        self._stall_timeout_s = server.stall_timeout_s
         self._max_sequences = config.max_queued_seqs
         self._sequences: dict[str, SequenceState] = {}
 
@@ -81,21 +74,26 @@ class LLM:
         await self.engine.shutdown(drain, timeout_s)
 
     def is_ready(self) -> bool:
-        """Loaded, and taking requests."""
-        return self.engine.state is EngineState.READY
+        """Loaded, and running requests."""
+        return self.engine.is_ready
 
     def is_live(self) -> bool:
-        """False if the engine is dead, or has work and its steps do not advance, or is idle and has gone silent."""
-        if self.engine.state in (EngineState.DEAD, EngineState.STARTING):
-            return self.engine.state is EngineState.STARTING
-        since = self.engine.last_step_s if self._sequences else self.engine.last_message_s
-        waited = min(time.monotonic() - since, self._longest_wait_s())
-        return waited < self._stall_timeout_s
+        """False once the engine is gone for good. One that hangs or dies is replaced, and this stays true meanwhile."""
+        return self.engine.is_live
+
+    def takes_requests(self) -> bool:
+        """Ready, or about to be: what comes while an engine is replaced waits for it."""
+        return self.engine.takes_requests
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; empty when it is."""
+        return self.engine.reason
 
     def generate(self, request_id: str, spec: GenerationSpec) -> LLMGeneration:
-        """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or dead."""
-        if not self.is_ready():
-            raise NotReadyError(f"The model {self.name!r} is {self.engine.state.value}; try again later.")
+        """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or gone for good."""
+        if not self.takes_requests():
+            raise NotReadyError(f"The model {self.name!r} takes no requests now. It is {self.reason}")
         if len(self._sequences) + spec.n > self._max_sequences:
             raise QueueFullError(
                 f"{len(self._sequences)} sequences are in flight, and with this request's {spec.n} there would be more "
@@ -105,7 +103,7 @@ class LLM:
         generation = LLMGeneration(request_id, spec, self, arrival_s)
         for sequence in generation.sequences:
             self._sequences[sequence.id] = sequence
-            self.engine.send(
+            self.engine.add(
                 EngineRequest(
                     request_id=sequence.id,
                     prompt_token_ids=spec.prompt_token_ids,
@@ -121,10 +119,11 @@ class LLM:
     def finish(self, sequences: list[SequenceState], abort: bool) -> None:
         """Forgets sequences; `abort` tells the engine, which may still be working on them."""
         known = [sequence.id for sequence in sequences if self._sequences.pop(sequence.id, None) is not None]
-        if known and abort and self.engine.state in (EngineState.READY, EngineState.DRAINING):
-            self.engine.send(AbortRequests(known))
+        if known and abort:
+            self.engine.abort(known)
 
-    def _on_step(self, step: StepOutputs) -> None:
+    def on_step(self, step: StepOutputs) -> None:
+        """The tokens of one step."""
         now = time.monotonic()
         self.metrics.observe_step(step.stats)
         for output in step.outputs:
@@ -132,15 +131,12 @@ class LLM:
             if (sequence := self._sequences.get(output.request_id)) is not None:
                 sequence.receive(output, now)
 
-    def _on_dead(self, error: LLMServeError) -> None:
-        for sequence in list(self._sequences.values()):
-            sequence.generation.fail(error)
-        self._sequences.clear()
-        self.metrics.observe_step(EngineStats(0, 0, 0, 0))  # a dead engine runs nothing and holds nothing
+    def on_idle(self, stats: EngineStats) -> None:
+        """The gauges, while there are no steps."""
+        self.metrics.observe_step(stats)
 
-    def _longest_wait_s(self) -> float:
-        """How long the oldest request has been here: a step cannot be late for longer than there is work."""
-        if not self._sequences:
-            return float("inf")
-        first = next(iter(self._sequences.values()))
-        return time.monotonic() - first.timing.arrival_s
+    def on_failed(self, request_ids: list[str], error: LLMServeError) -> None:
+        """These sequences cannot go on, nor the requests they belong to."""
+        for request_id in request_ids:
+            if (sequence := self._sequences.get(request_id)) is not None:
+                sequence.generation.fail(error)

@@ -1,4 +1,7 @@
-"""The server's side of an engine process: starts it, talks to it, sees it die. Knows no HTTP and no text."""
+"""The server's side of one engine process: starts it, talks to it, sees it die; never starts it again.
+
+Knows no HTTP and no text, and not what the engine was asked for: that is the supervisor's.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import zmq.asyncio
 
 from llmserve import errors
 from llmserve.config import EngineConfig
+from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
 from llmserve.engine.launch import FAILED_STATUS, EngineLaunch
 from llmserve.errors import EngineDeadError, LLMServeError
 from llmserve.messages import (
@@ -66,70 +70,107 @@ class EngineClient:
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.state = EngineState.STARTING
-        self.plan: MemoryPlan | None = None
-        self.last_step_s = time.monotonic()
         self.last_message_s = time.monotonic()
+        self.exit_status: int | None = None  # below 0: the signal that ended it
+        self.executing: list[str] = []  # once it is dead: the requests of the step it died in; none between two steps
         self._config = config
         self._on_step = on_step
         self._on_idle = on_idle
         self._on_dead = on_dead
         self._log_level = log_level
         self._command = command
-        self._context = zmq.asyncio.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._outbox = self._context.socket(zmq.PUSH)
+        self._inbox: zmq.asyncio.Socket | None = None
+        self._outbox: zmq.asyncio.Socket | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._failure: LLMServeError | None = None
         self._last_words = asyncio.Event()
         self._ready: asyncio.Future[EngineReady] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._directory = tempfile.TemporaryDirectory(prefix="llmserve-")
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._recorder: FlightRecorder | None = None
 
     async def start(
         self,
         on_plan: Callable[[MemoryPlan], None] | None = None,
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> EngineReady:
-        """Starts the process and waits until it takes requests. Raises what the engine says is wrong."""
-        endpoint = f"ipc://{self._directory.name}"
-        launch = EngineLaunch(self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), self._log_level)
-        for socket in (self._inbox, self._outbox):
-            socket.set_hwm(0)
-            socket.linger = 0
-        self._outbox.bind(launch.in_address)
-        self._inbox.bind(launch.out_address)
+        """Starts the process and waits until it takes requests. Raises what the engine says is wrong, and
+        EngineDeadError if there is no process, descriptor or disk to be had for it. `shutdown` cleans up after both.
+        """
         self._ready = asyncio.get_running_loop().create_future()
-        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.PIPE)
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(launch))
-        self._process.stdin.close()
+        try:
+            process, inbox = await self._start_process()
+        except OSError as error:  # zmq's errors are none, but those of its sockets say the same
+            raise EngineDeadError(f"The engine's process cannot be started: {error}") from error
+        except zmq.ZMQError as error:
+            raise EngineDeadError(f"The engine's sockets cannot be opened: {error}") from error
         # a fault of ours in either must not pass for an engine that is merely silent
         self._tasks = [
-            asyncio.create_task(self._read(on_plan, on_progress), name="engine-read"),
-            asyncio.create_task(self._watch(self._process), name="engine-watch"),
+            asyncio.create_task(self._read(inbox, on_plan, on_progress), name="engine-read"),
+            asyncio.create_task(self._watch(process), name="engine-watch"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._on_task_done)
         return await self._ready
+
+    async def _start_process(self) -> tuple[asyncio.subprocess.Process, zmq.asyncio.Socket]:
+        self._directory = tempfile.TemporaryDirectory(prefix="llmserve-")  # its owner's alone, as sockets there must be
+        endpoint = f"ipc://{self._directory.name}"
+        context = zmq.asyncio.Context.instance()  # one for all engines: each has a thread
+        self._inbox = inbox = context.socket(zmq.PULL)
+        self._outbox = outbox = context.socket(zmq.PUSH)
+        for socket in (inbox, outbox):
+            socket.set_hwm(0)
+            socket.linger = 0
+        outbox.bind(f"{endpoint}/in")
+        inbox.bind(f"{endpoint}/out")
+        recorder_fd = make_recorder_fd()
+        try:
+            self._recorder = FlightRecorder(recorder_fd)
+            launch = EngineLaunch(
+                self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), recorder_fd, self._log_level
+            )
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.PIPE, pass_fds=(recorder_fd,)
+            )
+        finally:
+            os.close(recorder_fd)
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(launch))
+        process.stdin.close()
+        return process, inbox
 
     @property
     def pid(self) -> int | None:
         """The engine's process id, once started."""
         return self._process.pid if self._process else None
 
+    def is_stopped_by_signal(self) -> bool:
+        """Whether somebody has sent it SIGSTOP: alive, and deaf."""
+        if self.pid is None:
+            return False
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        return False
+
+    def kill(self, error: LLMServeError) -> None:
+        """Ends it at once; `error` is what its death is then called."""
+        self._die(error)
+
     def send(self, message: EngineRequest | AbortRequests | Shutdown) -> None:
         """Queues a message; never blocks. Raises EngineDeadError if nobody is there to take it."""
         if self.state is EngineState.DEAD:
             raise self._failure or EngineDeadError("The engine has ended.")
+        assert self._outbox is not None
         # a PUSH socket without a high-water mark takes the message at once: the future is already done
         self._outbox.send(self._encoder.encode(message))
 
     async def shutdown(self, drain: bool, timeout_s: float) -> None:
-        """Asks the engine to finish; past the time it is killed. Safe to call twice."""
+        """Asks the engine to finish; past the time it is killed. Nothing of it is left then. Safe to call twice."""
         process = self._process
         if process is not None and process.returncode is None:
-            if self.state is EngineState.READY:
+            if self.state is EngineState.READY and self._outbox is not None:
                 self.state = EngineState.DRAINING
                 self._outbox.send(self._encoder.encode(Shutdown(drain)))
             else:
@@ -141,12 +182,21 @@ class EngineClient:
                 logger.warning("the engine did not stop within %.0f s; killing it", timeout_s)
                 process.kill()
                 await process.wait()
+        if process is not None:
+            self.exit_status = process.returncode
         self.state = EngineState.DEAD
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._context.destroy(linger=0)
-        self._directory.cleanup()
+        for socket in (self._inbox, self._outbox):
+            if socket is not None:
+                socket.close(linger=0)
+        if self._recorder is not None:
+            self.executing = self._recorder.executing()
+            self._recorder.close()
+            self._recorder = None
+        if self._directory is not None:
+            self._directory.cleanup()
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -154,19 +204,20 @@ class EngineClient:
             self._die(EngineDeadError(f"The connection to the engine failed: {error}"))
 
     async def _read(
-        self, on_plan: Callable[[MemoryPlan], None] | None, on_progress: Callable[[LoadProgress], None] | None
+        self,
+        inbox: zmq.asyncio.Socket,
+        on_plan: Callable[[MemoryPlan], None] | None,
+        on_progress: Callable[[LoadProgress], None] | None,
     ) -> None:
         decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         assert self._ready is not None
         while True:
-            message = decoder.decode(await self._inbox.recv())
+            message = decoder.decode(await inbox.recv())
             self.last_message_s = time.monotonic()
             match message:
                 case StepOutputs():
-                    self.last_step_s = self.last_message_s
                     self._on_step(message)
                 case MemoryPlan():
-                    self.plan = message
                     if on_plan:
                         on_plan(message)
                 case LoadProgress():

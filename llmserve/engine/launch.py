@@ -17,4 +17,5 @@ class EngineLaunch(msgspec.Struct):
     in_address: str
     out_address: str
     server_pid: int  # when this is no longer its parent, the engine ends
+    recorder_fd: int  # inherited: the memory of its FlightRecorder
     log_level: str = "info"

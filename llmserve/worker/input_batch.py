@@ -63,8 +63,9 @@ class InputBatch:
             self._park(request_id)
         for new in output.new_requests:
             self.params[new.request_id] = new.params
-            tokens = np.asarray(new.prompt_token_ids, dtype=np.int32)
-            self._enter(new.request_id, tokens, len(tokens), new.block_ids, new.num_computed_tokens)
+            tokens = np.asarray(new.prompt_token_ids + new.output_token_ids, dtype=np.int32)
+            num_prompt = len(new.prompt_token_ids)
+            self._enter(new.request_id, tokens, num_prompt, new.block_ids, new.num_computed_tokens)
         for request_id, resumed in output.resumed_requests.items():
             tokens, num_prompt = self._parked.pop(request_id)
             self._enter(request_id, tokens, num_prompt, resumed.block_ids, resumed.num_computed_tokens)

@@ -180,6 +180,13 @@ class ScriptedModel:
     def is_live(self) -> bool:
         return self.script.live
 
+    def takes_requests(self) -> bool:
+        return self.script.ready
+
+    @property
+    def reason(self) -> str:
+        return "" if self.script.ready else "loading"
+
     def generate(self, request_id: str, spec: GenerationSpec) -> Scripted:
         if self.script.refuse is not None:
             raise self.script.refuse

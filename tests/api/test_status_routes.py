@@ -32,6 +32,11 @@ def test_health_and_ready(http, served):
     assert http.get("/ready").status_code == 200
     served.script.ready = False
     assert http.get("/ready").status_code == 503
+    assert http.get("/ready").json() == {
+        "status": "not ready",
+        "ready": {"scripted": False},
+        "reasons": {"scripted": "loading"},
+    }
     assert http.get("/health").status_code == 200
     served.script.live = False
     assert http.get("/health").status_code == 503

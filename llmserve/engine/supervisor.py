@@ -1,0 +1,315 @@
+"""Keeps one model's engine running, and its requests going on whatever becomes of it. Knows no HTTP and no text.
+
+An engine process may be killed, hang or fail at any moment. The requests, and their tokens so far, are here: the engine
+is replaced, and gets them as if it had generated those tokens itself. A token is a function of the tokens before it,
+the seed and the position, so nobody who reads them can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from llmserve.config import EngineConfig
+from llmserve.engine.client import ENGINE_COMMAND, EngineClient, EngineState
+from llmserve.engine.in_flight import InFlightRequests
+from llmserve.engine.stall_guard import StallGuard
+from llmserve.engine.supervision import EngineEvents, Phase, SupervisionSettings
+from llmserve.errors import EngineDeadError, LLMServeError
+from llmserve.messages import (
+    AbortRequests,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    LoadProgress,
+    MemoryPlan,
+    StepOutputs,
+)
+from llmserve.metrics import ModelMetrics
+
+logger = logging.getLogger(__name__)
+
+_CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
+_MAX_EXPLAINED_FAILURES = 3  # starts that the engine itself says cannot work: then nobody is kept waiting any longer
+
+
+class EngineSupervisor:
+    """Started once, shut down once; in between there is an engine, or there will be one."""
+
+    def __init__(
+        self,
+        name: str,
+        config: EngineConfig,
+        events: EngineEvents,
+        metrics: ModelMetrics,
+        settings: SupervisionSettings,
+        log_level: str = "info",
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self.phase = Phase.LOADING
+        self._name = name
+        self._config = config
+        self._events = events
+        self._metrics = metrics
+        self._settings = settings
+        self._log_level = log_level
+        self._command = command
+        self._requests = InFlightRequests()
+        self._engine: EngineClient | None = None
+        self._guard: StallGuard | None = None
+        self._died = asyncio.Event()
+        self._death: LLMServeError | None = None
+        self._problem = ""
+        self._draining = False
+        self._drained = asyncio.Event()
+        self._num_failures = 0  # engines in a row that have not made a step
+        self._task: asyncio.Task[None] | None = None
+
+    # What the rest of the server asks.
+
+    @property
+    def pid(self) -> int | None:
+        """The process of the engine there is now."""
+        return self._engine.pid if self._engine is not None else None
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request would be run: now, or as soon as the engine is back."""
+        return self.phase in (Phase.READY, Phase.RESTARTING) and not self._draining
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be run now."""
+        return self.phase is Phase.READY and not self._draining
+
+    @property
+    def is_live(self) -> bool:
+        """False once the engine cannot be brought back; one that hangs is replaced, and not waited for."""
+        return self.phase not in (Phase.FAILED, Phase.STOPPED)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; empty when it is."""
+        if self.is_ready:
+            return ""
+        state = "draining" if self._draining else str(self.phase)
+        return f"{state}: {self._problem}" if self._problem else state
+
+    # Its life.
+
+    async def start(
+        self,
+        on_plan: Callable[[MemoryPlan], None] | None = None,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> EngineReady:
+        """Returns when the first engine takes requests. Raises what the engine says is wrong; one that is killed while
+        it loads is started again."""
+        while True:
+            try:
+                ready = await self._start_engine(on_plan, on_progress)
+                break
+            except EngineDeadError as error:
+                self._start_failed(error)
+                if self._num_failures >= _MAX_EXPLAINED_FAILURES:
+                    self.phase = Phase.FAILED
+                    raise
+                await self._pause()
+            except LLMServeError as error:
+                self.phase, self._problem = Phase.FAILED, error.message
+                raise
+        plan = ready.plan
+        self._config = dataclasses.replace(  # another engine must have room for what this one has promised
+            self._config,
+            kv_cache_memory=plan.kv_cache_bytes,
+            max_model_len=plan.max_model_len,
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+        )
+        self._engine_is_up()
+        self._task = asyncio.create_task(self._keep_running(), name=f"supervise {self._name}")
+        return ready
+
+    async def shutdown(self, drain: bool, timeout_s: float) -> None:
+        """Takes no more requests and ends the engine; with `drain`, requests in flight are given `timeout_s` seconds to
+        finish first, in another engine if need be."""
+        self._draining = True
+        if drain and self._requests:
+            self._drained.clear()
+            try:
+                await asyncio.wait_for(self._drained.wait(), timeout_s)
+            except TimeoutError:
+                logger.warning("%s: %d requests are cut off after %.0f s", self._name, len(self._requests), timeout_s)
+        self.phase = Phase.STOPPED
+        if self._guard is not None:
+            self._guard.end()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.shutdown(drain=False, timeout_s=0.0 if drain else timeout_s)
+        self._fail(self._requests.ids(), EngineDeadError(f"The model {self._name!r} has been stopped."))
+
+    # Requests.
+
+    def add(self, request: EngineRequest) -> None:
+        """Takes a request; while there is no engine it waits for one. Its id must not be in flight."""
+        assert request.request_id not in self._requests
+        self._requests.add(request)
+        self._send_unsent()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """They are wanted no longer. Unknown ids are ignored: they have just finished."""
+        known = self._requests.forget(request_ids)
+        if known and self._engine is not None and self._engine.state is EngineState.READY:
+            self._engine.send(AbortRequests(known))
+        self._after_change()
+
+    def _send_unsent(self) -> None:
+        engine, guard = self._engine, self._guard
+        if self.phase is not Phase.READY or engine is None or guard is None or engine.state is not EngineState.READY:
+            return
+        for request in self._requests.take_unsent():
+            engine.send(request)
+            guard.work()
+
+    def _after_change(self) -> None:
+        if self._requests.has_unsent:
+            self._send_unsent()  # the next suspect, if it is about those
+        if not self._requests:
+            self._drained.set()
+
+    def _fail(self, request_ids: list[str], error: LLMServeError) -> None:
+        self._requests.forget(request_ids)
+        if request_ids:
+            self._events.on_failed(request_ids, error)
+        self._after_change()
+
+    # What the engine says.
+
+    def _on_step(self, step: StepOutputs) -> None:
+        self._requests.record(step)
+        if self._guard is not None:
+            self._guard.step(bool(self._requests))
+        self._num_failures = 0
+        self._events.on_step(step)
+        self._after_change()
+
+    def _on_idle(self, stats: EngineStats) -> None:
+        if self._guard is not None:
+            self._guard.heartbeat()
+        self._num_failures = 0
+        self._events.on_idle(stats)
+
+    def _on_dead(self, error: LLMServeError) -> None:
+        self._death = error
+        self._died.set()
+
+    # Replacing it.
+
+    async def _keep_running(self) -> None:
+        while True:
+            await self._died.wait()
+            self._died.clear()
+            died_s = time.monotonic()
+            await self._bury()
+            give_up = asyncio.get_running_loop().call_later(self._settings.restart_timeout_s, self._give_up)
+            try:
+                await self._replace()
+            finally:
+                give_up.cancel()
+            recovery_s = time.monotonic() - died_s
+            self._metrics.observe_engine_restart(recovery_s, len(self._requests))
+            logger.warning(
+                "%s: the engine is back after %.2f s (process %d); %d requests go on behind %d tokens",
+                *(self._name, recovery_s, self.pid, len(self._requests), self._requests.num_tokens),
+            )
+            self._engine_is_up()
+
+    async def _bury(self) -> None:
+        """The engine has died: judges who may be at fault, and lets go of everything it had."""
+        engine, guard, error = self._engine, self._guard, self._death
+        assert engine is not None
+        assert guard is not None
+        assert error is not None
+        guard.end()
+        self.phase, self._problem = Phase.RESTARTING, error.message
+        await engine.shutdown(drain=False, timeout_s=0.0)
+        status = engine.exit_status or 0
+        for_certain = status > 0 or status in _CRASHES
+        executing = [] if guard.was_stopped else engine.executing
+        if for_certain and not executing:
+            executing = self._requests.ids()  # it failed outside of a step: over any of them
+        logger.error(
+            "%s: %s %d requests were in flight, %d of them in the step in progress. Starting another engine.",
+            *(self._name, error.message, len(self._requests), len(executing)),
+        )
+        convicted = self._requests.engine_died(executing, for_certain=for_certain)
+        for request_id in convicted:
+            self._metrics.requests_isolated += 1
+            logger.error("%s: request %s has ended its engine again and again: it fails alone", self._name, request_id)
+            text = f"This request ended the engine every time it was tried, alone too: {error.message}"
+            self._fail([request_id], EngineDeadError(text))
+        # a dead engine runs nothing and holds nothing
+        self._events.on_idle(EngineStats(0, len(self._requests), 0, 0))
+
+    async def _replace(self) -> None:
+        """Until an engine takes requests: at once, then after pauses that double."""
+        num_explained = 0
+        while True:
+            if self._num_failures:
+                await self._pause()
+            try:
+                await self._start_engine()
+                return
+            except LLMServeError as error:
+                self._start_failed(error)
+                num_explained += not isinstance(error, EngineDeadError)
+                if num_explained == _MAX_EXPLAINED_FAILURES:
+                    self._give_up()
+
+    async def _start_engine(
+        self,
+        on_plan: Callable[[MemoryPlan], None] | None = None,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> EngineReady:
+        """One attempt. Raises LLMServeError; nothing is left of it then."""
+        self._engine = engine = EngineClient(
+            self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._command
+        )
+        self._num_failures += 1  # until its first step, or heartbeat
+        self._guard = guard = StallGuard(engine, self._settings.stall_timeout_s, self._metrics)
+        try:
+            ready = await engine.start(on_plan, on_progress)
+            guard.loaded()
+            return ready
+        except LLMServeError:
+            guard.end()
+            await engine.shutdown(drain=False, timeout_s=0.0)
+            raise
+
+    def _engine_is_up(self) -> None:
+        self.phase, self._problem = Phase.READY, ""
+        self._send_unsent()
+
+    def _start_failed(self, error: LLMServeError) -> None:
+        self._problem = error.message
+        logger.error("%s: the engine could not be started: %s", self._name, error.message)
+
+    async def _pause(self) -> None:
+        settings = self._settings
+        pause_s = min(settings.min_backoff_s * 2.0 ** (self._num_failures - 1), settings.max_backoff_s)
+        over = asyncio.Event()
+        asyncio.get_running_loop().call_later(pause_s, over.set)
+        await over.wait()
+
+    def _give_up(self) -> None:
+        """Nobody is kept waiting any longer; the engine is still tried."""
+        self.phase = Phase.FAILED
+        self._fail(
+            self._requests.ids(),
+            EngineDeadError(f"The engine of {self._name!r} died and could not be restarted: {self._problem}"),
+        )
