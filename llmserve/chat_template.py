@@ -1,11 +1,13 @@
 """Renders a conversation with a model's own Jinja template, as transformers does. Knows no tokens.
 
-A template comes with the model's files and is run in Jinja's immutable sandbox: it sees plain data only.
+A template comes with the model's files and is run in a sandbox: it sees plain data only, and its steps and its output
+are counted (`bounded_template`).
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -14,8 +16,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llmserve.bounded_template import BoundedEnvironment, Budget
 from llmserve.errors import InvalidRequestError, ModelLoadError
 
 Message = Mapping[str, Any]
@@ -31,6 +33,8 @@ _RENDER_ERRORS = (
     RecursionError,
 )
 _TEXT_PARTS = {"text": "text", "refusal": "refusal"}  # type of a content part -> its field that holds text
+# Far more than the templates of real models take: some 20 steps a message, and a few looks at each text.
+_STEPS, _STEPS_A_MESSAGE, _CHARS_A_STEP = 20_000, 500, 16
 # Marks where a message that shall be continued ends. The space shows whether the template strips what it is given.
 _END_MARK = "\ue000end-of-message\ue001"
 
@@ -42,8 +46,10 @@ class ChatTemplate:
         """Raises ModelLoadError if the template does not parse."""
         self.source = source
         self._variables = dict(variables)
+        self._environment = _environment()
+        self._lock = threading.Lock()  # the environment counts one render at a time
         try:
-            self._template = _environment().from_string(source)
+            self._template = self._environment.from_string(source)
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             raise ModelLoadError(f"The chat template does not parse: {error}") from error
         self.takes_strings = self._shows("llmserve-probe", "llmserve-probe") or not self._shows(
@@ -80,12 +86,19 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(context)
+            text = self._render(context, conversation)
         except _RENDER_ERRORS as error:
             raise InvalidRequestError(
                 f"The model's chat template does not accept these messages: {error}", param="messages"
             ) from error
         return _cut_at_mark(text) if continue_final_message else text
+
+    def _render(self, context: dict[str, Any], conversation: Sequence[Message]) -> str:
+        num_chars = sum(len(str(message.get("content"))) for message in conversation)
+        num_steps = _STEPS + _STEPS_A_MESSAGE * len(conversation) + num_chars // _CHARS_A_STEP
+        with self._lock:
+            self._environment.budget = Budget(num_steps)
+            return self._template.render(context)
 
     def _plain(self, index: int, message: Message) -> dict[str, Any]:
         """A copy in the form the template expects; the caller's message is left alone."""
@@ -103,7 +116,7 @@ class ChatTemplate:
         """Whether a user message with this content renders, and its text appears (not as the repr of a list)."""
         context = {**self._variables, "messages": [{"role": "user", "content": content}], "tools": None}
         try:
-            rendered = self._template.render(context, add_generation_prompt=False)
+            rendered = self._render({**context, "add_generation_prompt": False}, [])
         except _RENDER_ERRORS:
             return False
         return text in rendered and f"'{text}'" not in rendered
@@ -177,12 +190,9 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedEnvironment:
     """With the settings, filters and globals that templates on the Hugging Face hub are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+    environment = BoundedEnvironment({"tojson": _tojson}, [_GenerationTag, jinja2.ext.loopcontrols])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

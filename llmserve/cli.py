@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands.add_parser("chat", help="chat with a running server"))
     _add_bench(commands.add_parser("bench", help="measure any OpenAI-compatible server"))
     _add_models(commands.add_parser("models", help="list the models that are embedded, cached and loadable"))
+    _add_keys(commands.add_parser("keys", help="make an API key"))
     _add_pull(commands.add_parser("pull", help="fetch a model without serving it"))
     return parser
 
@@ -77,6 +78,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
     models.add_list_arguments(parser)
     parser.set_defaults(run=models.run_list)
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    from llmserve.tools import keys
+
+    keys.add_arguments(parser)
+    parser.set_defaults(run=keys.run)
 
 
 def _add_pull(parser: argparse.ArgumentParser) -> None:

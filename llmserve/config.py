@@ -125,6 +125,36 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DoorConfig:
+    """Who is let in, how much of the server one of them may take, and what is written down about it."""
+
+    api_keys: str = setting("", "File of API keys (see `llmserve keys`); with it, all but liveness needs one.")
+    tls_certificate: str = setting("", "PEM certificate chain for HTTP and gRPC; may be replaced while serving.")
+    tls_key: str = setting("", "PEM private key of the certificate.")
+    cors_origin: tuple[str, ...] = setting((), "Web origin whose pages may ask; repeatable; * is any.", kind="list")
+    request_timeout_s: float = setting(0.0, "Longest time a request may take, unless it asks for less; 0: any.")
+    max_connections: int = setting(8192, "Most HTTP connections; never more than the open files allowed.")
+    header_timeout_s: float = setting(10.0, "A request's headers must have come within this time.")
+    body_timeout_s: float = setting(120.0, "A request's body must have come within this time.")
+    send_timeout_s: float = setting(30.0, "A client that reads nothing for this long is let go.")
+    resume_window_s: float = setting(
+        0.0, "Events carry ids, and a stream with an Idempotency-Key waits this long for a lost client; 0: off."
+    )
+    request_log: str = setting("", "File that gets one JSON line a request; - is standard error.")
+    slow_request_s: float = setting(60.0, "A request that takes longer is logged with what it waited for; 0: none.")
+    otel: bool = setting(False, "Send OpenTelemetry traces, where OTEL_EXPORTER_OTLP_ENDPOINT says.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_connections", "header_timeout_s", "body_timeout_s", "send_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("request_timeout_s", "resume_window_s", "slow_request_s"):
+            _require_at_least(self, name, 0)
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("tls_certificate and tls_key belong together: give both or none.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RepositoryConfig:
     """The model repository of general models, under the names of Triton Inference Server's flags."""
 
@@ -157,6 +187,7 @@ class ServeConfig:
     """All that `llmserve serve` needs."""
 
     server: ServerConfig = ServerConfig()
+    door: DoorConfig = DoorConfig()
     repository: RepositoryConfig = RepositoryConfig()
     engine: EngineConfig = EngineConfig()  # of LLMs that have no entry of their own
     models: tuple[ModelConfigEntry, ...] = ()

@@ -50,6 +50,24 @@ class QueueFullError(LLMServeError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitError(QueueFullError):
+    """One tenant has asked for more than its key allows. Others are not concerned."""
+
+    code = "rate_limit_exceeded"
+
+
+class UnauthorizedError(LLMServeError):
+    """The request carries no API key that is known here."""
+
+    code = "invalid_api_key"
+
+
+class ForbiddenError(LLMServeError):
+    """Who asks is known, or need not be, but may not do this."""
+
+    code = "permission_denied"
+
+
 class NotReadyError(LLMServeError):
     """The model is loading, draining, stalled or dead."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from llmserve import __version__
+from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
 from llmserve.api.v2_grpc import GrpcServer
 from llmserve.api.v2_llm import LanguageModel
@@ -23,8 +24,16 @@ from llmserve.repository.settings import ModelControlMode, RepositorySettings
 class GeneralModels:
     """Lives as long as the server. LLMs stand in the same index and answer the same protocol."""
 
-    def __init__(self, config: RepositoryConfig, server: ServerConfig, llms: ServedModels, api: ApiSettings) -> None:
+    def __init__(
+        self,
+        config: RepositoryConfig,
+        server: ServerConfig,
+        llms: ServedModels,
+        api: ApiSettings,
+        entrance: Entrance | None = None,
+    ) -> None:
         self._server = server
+        self._entrance = entrance or Entrance()
         self._inline = frozenset(config.inline)
         self._repository = ModelRepository(_repository_settings(config, server), self._open)
         self.plane = DataPlane(self._repository, version=__version__, llms=_LanguageModels(llms, api))
@@ -36,7 +45,13 @@ class GeneralModels:
             port = self._server.grpc_port
             if port is None:
                 port = http_port + 1 if self._server.port else 0
-            self._grpc = GrpcServer(self.plane, self._server.host, port)
+            self._grpc = GrpcServer(
+                self.plane,
+                self._server.host,
+                port,
+                interceptors=[self._entrance.grpc_door()],
+                credentials=self._entrance.grpc_credentials(),
+            )
             await self._grpc.start()
         await self._repository.start(progress_of)
         return f"{self._server.host}:{self._grpc.port}" if self._grpc else None

@@ -19,6 +19,7 @@ import uvloop
 from rich.console import Console
 
 from llmserve.api.app import create_app
+from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
@@ -55,7 +56,8 @@ class _Server:
         self._models = ServedModels()
         server = config.server
         self._api = ApiSettings(max_body_bytes=server.max_body_bytes, keep_alive_s=server.keep_alive_s)
-        self._general = GeneralModels(config.repository, server, self._models, self._api)
+        self._entrance = Entrance(config.door, self._metrics)
+        self._general = GeneralModels(config.repository, server, self._models, self._api, self._entrance)
         self._started = time.monotonic()
 
     async def run(self) -> int:
@@ -102,24 +104,12 @@ class _Server:
             for folder in self._general.hugging_face_folders:
                 await start(self._open(ModelConfigEntry(model=str(folder), engine=self._config.engine)))
         names = [llm.name for llm in self._models.llms] + self._general.names
-        self._display.ready(f"http://{host}:{port}", general.result(), names, time.monotonic() - self._started)
+        scheme = "https" if self._config.door.tls_certificate else "http"
+        self._display.ready(f"{scheme}://{host}:{port}", general.result(), names, time.monotonic() - self._started)
 
     def _http_server(self) -> _HttpServer:
-        server = self._config.server
-        app = create_app(self._models, self._api, self._metrics, self._general.plane)
-        return _HttpServer(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                loop="uvloop",
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                log_level="warning",
-                timeout_graceful_shutdown=int(server.drain_timeout_s),
-                server_header=False,
-            )
-        )
+        app = create_app(self._models, self._api, self._metrics, self._general.plane, self._entrance)
+        return _HttpServer(self._entrance.http_config(app, self._config.server.drain_timeout_s))
 
 
 class _HttpServer(uvicorn.Server):

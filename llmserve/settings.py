@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmserve.config import (
+    DoorConfig,
     EngineConfig,
     ModelConfigEntry,
     RepositoryConfig,
@@ -30,7 +31,12 @@ from llmserve.config import (
 from llmserve.errors import ConfigError
 
 ENV_PREFIX = "LLMSERVE_"
-_SECTIONS: dict[str, type] = {"server": ServerConfig, "engine": EngineConfig, "model repository": RepositoryConfig}
+_SECTIONS: dict[str, type] = {
+    "server": ServerConfig,
+    "door": DoorConfig,
+    "engine": EngineConfig,
+    "model repository": RepositoryConfig,
+}
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +69,7 @@ def load_serve_config(args: Mapping[str, Any], environ: Mapping[str, str] = os.e
         if name in args:
             values[name] = _convert(name, args[name], "flag --" + name.replace("_", "-"))
     server = ServerConfig(**{name: values[name] for name in setting_names(ServerConfig) if name in values})
+    door = DoorConfig(**{name: values[name] for name in setting_names(DoorConfig) if name in values})
     repository = RepositoryConfig(**{name: values[name] for name in setting_names(RepositoryConfig) if name in values})
     base = {name: values[name] for name in setting_names(EngineConfig) if name in values}
     flags = {name: base[name] for name in base if name in args}  # a flag also overrides a model's own table
@@ -72,7 +79,7 @@ def load_serve_config(args: Mapping[str, Any], environ: Mapping[str, str] = os.e
         tables = [{"model": ""}]  # the embedded default
     entries = tuple(_entry(table, base, flags) for table in tables)
     served = _with_served_names(entries, args.get("served_model_name"))
-    return ServeConfig(server=server, repository=repository, engine=EngineConfig(**base), models=served)
+    return ServeConfig(server=server, door=door, repository=repository, engine=EngineConfig(**base), models=served)
 
 
 def _with_served_names(entries: tuple[ModelConfigEntry, ...], served: list[str] | None) -> tuple[ModelConfigEntry, ...]:

@@ -33,15 +33,21 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (4, ("worker",)),
     (3, ("models",)),
     (3, ("scheduler",)),
-    (2, ("config", "settings")),
+    (2, ("config", "settings", "api_keys")),
     (
         2,
         (
             *("tokenizer", "tokenizer_files", "gguf_file", "gguf_tokenizer"),
-            *("chat_template", "token_bytes", "detokenizer", "stop_strings"),
+            *("chat_template", "bounded_template", "token_bytes", "detokenizer", "stop_strings"),
         ),
     ),
-    (1, ("messages", "errors", "histogram", "http_metrics", "metrics", "general_metrics", "inference")),
+    (
+        1,
+        (
+            *("messages", "errors", "histogram", "http_metrics", "metrics", "general_metrics", "inference"),
+            *("request_context", "rate_limit"),
+        ),
+    ),
     (1, ("kv_cache",)),
     (1, ("kernels",)),
 )

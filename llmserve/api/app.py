@@ -13,6 +13,7 @@ from llmserve import __version__
 from llmserve.api import chat, completions, docs_page, status, tokens
 from llmserve.api.context import ApiContext
 from llmserve.api.directory import ModelDirectory
+from llmserve.api.entrance import Entrance
 from llmserve.api.errors import install_error_handlers
 from llmserve.api.http_metrics import HttpMetricsMiddleware
 from llmserve.api.protocol import (
@@ -32,9 +33,16 @@ from llmserve.repository.data_plane import DataPlane
 
 
 def create_app(
-    models: ModelDirectory, settings: ApiSettings, metrics: Metrics, plane: DataPlane | None = None
+    models: ModelDirectory,
+    settings: ApiSettings,
+    metrics: Metrics,
+    plane: DataPlane | None = None,
+    entrance: Entrance | None = None,
 ) -> FastAPI:
-    """The application over the models served now; `models` may change under it. `plane` is what `/v2` speaks for."""
+    """The application over the models served now; `models` may change under it. `plane` is what `/v2` speaks for.
+
+    `entrance` is what stands before every route; without one, it is that of a server without keys.
+    """
     app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
     context = ApiContext(models=models, settings=settings, metrics=metrics, plane=plane)
     install_error_handlers(app)
@@ -43,6 +51,7 @@ def create_app(
     _add_status_routes(app, context)
     if plane is not None:
         _add_v2(app, plane, settings, metrics)
+    (entrance or Entrance()).install(app)  # last, so that it stands before all the others
     return app
 
 
@@ -112,7 +121,7 @@ def _add_status_routes(app: FastAPI, context: ApiContext) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return HTMLResponse(docs_page.PAGE)
+        return HTMLResponse(docs_page.PAGE, headers=docs_page.HEADERS)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import msgspec
@@ -15,13 +16,16 @@ from llmserve.api.body import UnsupportedMediaTypeError
 from llmserve.api.disconnect import ClientDisconnectedError
 from llmserve.errors import (
     DeadlineExceededError,
+    ForbiddenError,
     InvalidRequestError,
     LLMServeError,
     ModelNotFoundError,
     NotReadyError,
     QueueFullError,
     RequestTooLargeError,
+    UnauthorizedError,
 )
+from llmserve.request_context import current_request
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,8 @@ _STATUSES: dict[type[BaseException], int] = {
     UnsupportedMediaTypeError: 415,
     RequestTooLargeError: 413,
     InvalidRequestError: 400,
+    UnauthorizedError: 401,
+    ForbiddenError: 403,
     ModelNotFoundError: 404,
     QueueFullError: 429,
     NotReadyError: 503,
@@ -59,11 +65,14 @@ def error_body(error: BaseException) -> dict[str, Any]:
 def error_response(error: BaseException) -> Response:
     """The answer to a request that failed before anything was sent."""
     status = status_of(error)
+    current_request().error = error.code if isinstance(error, LLMServeError) else "internal_error"
     if status == 500 and isinstance(error, LLMServeError):  # others are raised again, and logged by the ASGI server
         logger.error("Request failed: %s", error)
     headers: dict[str, str] = {}
     if isinstance(error, QueueFullError):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
     elif isinstance(error, NotReadyError):
         headers["Retry-After"] = "1"
     elif isinstance(error, RequestTooLargeError):

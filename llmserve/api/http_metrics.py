@@ -26,7 +26,7 @@ class HttpMetricsMiddleware:
             await self._app(scope, receive, send)
             return
         begin_s = time.monotonic()
-        scope[DIRECT_SEND] = send
+        scope.setdefault(DIRECT_SEND, send)
         status = 500  # what the server makes of an exception
 
         async def watch(message: Message) -> None:

@@ -57,4 +57,9 @@ async def tokenize_chat(
     """Chat templates write their special tokens themselves, so by default none are added."""
     if len(request.messages) > settings.max_messages:
         raise InvalidRequestError(f"'messages' holds more than {settings.max_messages} messages.", "messages")
-    return await tokenize_text(render_chat(request, generator.tokenizer), bool(add_special_tokens), generator, settings)
+    num_chars = sum(len(message.content) for message in request.messages)
+    if len(request.messages) > settings.inline_render_messages or num_chars > settings.inline_tokenize_chars:
+        text = await asyncio.to_thread(render_chat, request, generator.tokenizer)
+    else:
+        text = render_chat(request, generator.tokenizer)
+    return await tokenize_text(text, bool(add_special_tokens), generator, settings)

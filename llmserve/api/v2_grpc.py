@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -26,8 +28,19 @@ class GrpcSettings:
 class GrpcServer:
     """Serves `plane` on its own port, on the running event loop."""
 
-    def __init__(self, plane: DataPlane, host: str, port: int, settings: GrpcSettings | None = None) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        host: str,
+        port: int,
+        settings: GrpcSettings | None = None,
+        *,
+        interceptors: Sequence[Any] = (),
+        credentials: Any = None,
+    ) -> None:
+        """`interceptors` stand before all methods; `credentials` make it TLS."""
         settings = settings or GrpcSettings()
+        self._credentials = credentials
         compressions = {
             "none": grpc.Compression.NoCompression,
             "deflate": grpc.Compression.Deflate,
@@ -36,7 +49,7 @@ class GrpcServer:
         self._host = host
         self.port = port  # the one bound, once started
         self._server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(),),
+            interceptors=(*interceptors, ErrorInterceptor()),
             options=(
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -57,7 +70,10 @@ class GrpcServer:
         """Listens. Raises ConfigError if the port is not to be had."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{self.port}")
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(f"{host}:{self.port}")
+            else:
+                self.port = self._server.add_secure_port(f"{host}:{self.port}", self._credentials)
         except RuntimeError as error:
             raise ConfigError(
                 f"Cannot listen on {host}:{self.port} for gRPC: {error}. Choose another --grpc-port."

@@ -1,0 +1,192 @@
+"""The door of the HTTP server: every request passes it, whatever route it is for. Plain ASGI; knows no route's meaning.
+
+Here a request gets its identity (who asks, under which id, until when), and here its end is written down. Routes that
+are added later are behind it without knowing it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llmserve.api.errors import error_body, error_response
+from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
+from llmserve.api.http_metrics import DIRECT_SEND
+from llmserve.api.scopes import http_scope
+from llmserve.api.v2_errors import error_text
+from llmserve.errors import DeadlineExceededError, InvalidRequestError, LLMServeError
+from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
+
+_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+_MAX_ID_CHARS = 128
+_MAX_TIMEOUT_S = 86_400.0
+Headers = dict[bytes, bytes]
+
+
+class Door:
+    """Admits, limits the time of, and accounts for every HTTP request. `on_end` hears of each when it is over."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        gatekeeper: Gatekeeper,
+        request_timeout_s: float = 0.0,
+        on_begin: Callable[[RequestContext, Headers], None] | None = None,
+        on_end: Callable[[RequestContext], None] | None = None,
+    ) -> None:
+        self._app = app
+        self._gatekeeper = gatekeeper
+        self._request_timeout_s = request_timeout_s
+        self._on_begin = on_begin
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on what may pass; answers the rest itself, in the shape of the protocol asked in."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a web socket: there is none here
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers: Headers = dict(scope["headers"])
+        context = RequestContext(request_id=_request_id(headers), route=scope["path"])
+        token = CURRENT_REQUEST.set(context)
+        answer = _Answer(scope, send, context, keeps_id=b"x-request-id" in headers)
+        if self._on_begin is not None:
+            self._on_begin(context, headers)
+        try:
+            context.tenant = self._admit(scope, headers)
+            await self._run(scope, receive, answer, headers)
+        except LLMServeError as error:
+            await answer.refuse(error)
+        finally:
+            CURRENT_REQUEST.reset(token)
+            if self._on_end is not None:
+                self._on_end(context)
+
+    def _admit(self, scope: Scope, headers: Headers) -> Tenant:
+        key = bearer_key(
+            headers.get(b"authorization", b"").decode("latin-1"),
+            headers.get(b"x-api-key", b"").decode("latin-1"),
+            headers.get(b"api-key", b"").decode("latin-1"),
+        )
+        return self._gatekeeper.admit(key, http_scope(scope["path"]), is_local=_is_local(scope, headers))
+
+    async def _run(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
+        """Raises DeadlineExceededError once the request's time is up; whatever it had started has been left then."""
+        context = answer.context
+        timer = asyncio.timeout(None)
+        try:
+            async with timer:
+                context.on_deadline = timer.reschedule
+                timeout_s = _timeout_s(headers) or self._request_timeout_s
+                if timeout_s:
+                    context.limit_time(timeout_s)
+                await self._app(scope, receive, answer.send)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            assert context.deadline_s is not None
+            allowed_s = context.deadline_s - context.arrival_s
+            raise DeadlineExceededError(f"The request was not answered within its {allowed_s:g} s.") from None
+        finally:
+            context.on_deadline = None
+
+
+class _Answer:
+    """What goes back over one request: its start gets the door's headers, its failure the protocol's shape."""
+
+    def __init__(self, scope: Scope, send: Send, context: RequestContext, *, keeps_id: bool) -> None:
+        self.context = context
+        self._send = send
+        self._is_v2 = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
+        self._scope = scope
+        self._keeps_id = keeps_id
+        self._is_stream = False
+        scope[DIRECT_SEND] = send  # events need none of this: they go straight to the socket
+
+    async def send(self, message: Message) -> None:
+        """ASGI's `send`."""
+        if message["type"] == "http.response.start":
+            self._begin(message)
+        await self._send(message)
+
+    async def refuse(self, error: LLMServeError) -> None:
+        """Answers with an error; behind the beginning of a stream, as its last event."""
+        self.context.error = error.code
+        if self._is_v2:
+            body = msgspec.json.encode({"error": error_text(error)})
+        else:
+            body = msgspec.json.encode(error_body(error))
+        if not self.context.status:
+            response = error_response(error)
+            response.body = body
+            response.headers["content-length"] = str(len(body))
+            await response(self._scope, _nothing, self.send)
+        elif self._is_stream:
+            await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+        # else: the server closes a connection whose answer was not completed
+
+    def _begin(self, message: Message) -> None:
+        context = self.context
+        context.status = message["status"]
+        headers = list(message["headers"])
+        names = {name.lower(): value for name, value in headers}
+        self._is_stream = names.get(b"content-type", b"").startswith(b"text/event-stream")
+        if self._keeps_id:
+            headers = [pair for pair in headers if pair[0].lower() != b"x-request-id"]
+        if self._keeps_id or b"x-request-id" not in names:
+            headers.append((b"x-request-id", context.request_id.encode()))
+        headers += context.tenant.limits.headers(time.monotonic())
+        message["headers"] = headers
+
+
+async def _nothing() -> Message:
+    raise AssertionError("a refusal reads no body")
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's, if it is one that logs and headers can carry; else a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    if given and given.isascii() and given.isprintable() and len(given) <= _MAX_ID_CHARS:
+        return given
+    headers.pop(b"x-request-id", None)
+    return f"req-{uuid.uuid4().hex}"
+
+
+def _timeout_s(headers: Headers) -> float:
+    """Of `X-Request-Timeout`, seconds; 0 without one. Raises InvalidRequestError."""
+    text = headers.get(b"x-request-timeout")
+    if text is None:
+        return 0.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _MAX_TIMEOUT_S:
+        raise InvalidRequestError(
+            f"The header X-Request-Timeout must be a number of seconds above 0 and at most {_MAX_TIMEOUT_S:g}.",
+            "X-Request-Timeout",
+        )
+    return seconds
+
+
+def _is_local(scope: Scope, headers: Headers) -> bool:
+    """Whether a request is surely this machine's own: no proxy's, and no web page's that a browser here was sent by.
+
+    A page can send a request to a loopback address, but not without naming its origin, or the host it was fooled about.
+    """
+    client = scope.get("client")
+    if client is None or not is_loopback(client[0]) or any(name in headers for name in _FORWARDED):
+        return False
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    if origin and not is_loopback(urlsplit(origin).hostname or ""):
+        return False
+    return is_loopback(headers.get(b"host", b"localhost").decode("latin-1"))

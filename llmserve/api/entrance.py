@@ -1,0 +1,62 @@
+"""All that stands before the routes, put together from its configuration: keys, TLS, limits, CORS, the books.
+
+Knows no route. HTTP and gRPC each get their door here, over the same gatekeeper.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from llmserve.api.door import Door
+from llmserve.api.gatekeeper import Gatekeeper
+from llmserve.api.http_server import http_config, open_tls
+from llmserve.api.tenant_metrics import TenantMetrics
+from llmserve.api.v2_grpc_door import GrpcDoor
+from llmserve.api_keys import ApiKeys
+from llmserve.config import DoorConfig
+from llmserve.metrics import Metrics
+
+_CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-Id")
+_CORS_EXPOSED = ("Retry-After", "X-Request-Id")
+
+
+class Entrance:
+    """Raises ConfigError if the keys or the certificate cannot be used."""
+
+    def __init__(self, config: DoorConfig | None = None, metrics: Metrics | None = None) -> None:
+        self._config = config = config or DoorConfig()
+        keys = ApiKeys(Path(config.api_keys)) if config.api_keys else None
+        self._gatekeeper = Gatekeeper(keys)
+        self._tls = open_tls(config)
+        if keys is not None and metrics is not None:
+            metrics.register(TenantMetrics(keys), lambda: b"")
+
+    def install(self, app: Starlette) -> None:
+        """Puts the door before everything that `app` has so far."""
+        app.add_middleware(Door, gatekeeper=self._gatekeeper, request_timeout_s=self._config.request_timeout_s)
+        if self._config.cors_origin:  # before the door: a preflight carries no key
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=list(self._config.cors_origin),
+                allow_methods=["GET", "POST"],
+                allow_headers=list(_CORS_HEADERS),
+                expose_headers=list(_CORS_EXPOSED),
+            )
+
+    def grpc_door(self) -> GrpcDoor:
+        """The interceptor before all others."""
+        return GrpcDoor(self._gatekeeper)
+
+    def grpc_credentials(self) -> Any:
+        """None without TLS."""
+        return None if self._tls is None else self._tls.grpc_credentials()
+
+    def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
+        """For the HTTP server."""
+        return http_config(app, self._config, self._tls, drain_timeout_s)

@@ -1,0 +1,179 @@
+"""One HTTP connection with limits in time and number: uvicorn's, which has none. Knows no route.
+
+Who sends too slowly, or reads too slowly, is let go: a stream is never buffered for a client that does not read it. The
+timers are started by events of the connection (its first byte, a full socket), so a token costs none of them anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio.events import TimerHandle
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """Seconds, bytes and counts; 0 is no limit."""
+
+    max_connections: int = 0
+    header_timeout_s: float = 10.0  # from the connection, or a request's first byte, to the end of its headers
+    body_timeout_s: float = 120.0  # from there to the end of its body
+    send_timeout_s: float = 30.0  # a full socket may take so long until there is room again
+    max_header_bytes: int = 65536
+
+
+class LimitedConnections:
+    """Makes the connections of one server: what uvicorn takes for a protocol class."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self.num_refused = 0
+
+    def __call__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> LimitedConnection:
+        return LimitedConnection(config, server_state, app_state, _loop, self._limits)
+
+
+class LimitedConnection(HttpToolsProtocol):
+    """Answers 408 to who does not send, 431 to endless headers, 503 to one connection too many; drops who does not
+    read."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None,
+        limits: ConnectionLimits,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = limits
+        self._reading: TimerHandle | None = None
+        self._writing: TimerHandle | None = None
+        self._num_header_bytes = 0
+        self._in_headers = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection; one too many is told so, and closed."""
+        super().connection_made(transport)
+        limit = self._limits.max_connections
+        if limit and len(self.connections) > limit:
+            self._refuse(503, f"There are {limit} connections already. Try again later.", "too_many_connections")
+            return
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No timer outlives it."""
+        self._stop_reading()
+        self._stop_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Counts what comes before the end of the headers: the parser would take them without end."""
+        if self.transport.is_closing():
+            return
+        if self._in_headers or self._reading is not None:
+            self._num_header_bytes += len(data) if self._in_headers else 0
+        super().data_received(data)
+        if self._in_headers and self._num_header_bytes > self._limits.max_header_bytes:
+            limit = self._limits.max_header_bytes
+            self._refuse(431, f"The request's headers are larger than the limit of {limit} bytes.", "headers_too_large")
+
+    def send_400_response(self, msg: str) -> None:
+        """In the shape of every other error."""
+        self._refuse(400, "This is no HTTP request.", "bad_request")
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._num_header_bytes = 0
+        self._in_headers = True
+        if self._reading is None:  # else it runs since the connection was made
+            self._await_headers()
+
+    def on_headers_complete(self) -> None:
+        """The body follows."""
+        self._in_headers = False
+        self._stop_reading()
+        if self._limits.body_timeout_s:
+            self._reading = self.loop.call_later(self._limits.body_timeout_s, self._body_late)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """All is here."""
+        self._stop_reading()
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The socket is full: whoever sends waits from here on."""
+        super().pause_writing()
+        if self._limits.send_timeout_s and self._writing is None:
+            self._writing = self.loop.call_later(self._limits.send_timeout_s, self._reader_late)
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        self._stop_writing()
+        super().resume_writing()
+
+    def _await_headers(self) -> None:
+        if self._limits.header_timeout_s:
+            self._reading = self.loop.call_later(self._limits.header_timeout_s, self._headers_late)
+
+    def _headers_late(self) -> None:
+        self._reading = None
+        limit_s = self._limits.header_timeout_s
+        self._refuse(408, f"The request's headers were not complete within {limit_s:g} s.", "request_timeout")
+
+    def _body_late(self) -> None:
+        self._reading = None
+        if self.cycle is not None and self.cycle.response_started:
+            self.transport.close()  # it has been answered without its body
+            return
+        limit_s = self._limits.body_timeout_s
+        self._refuse(408, f"The request's body was not complete within {limit_s:g} s.", "request_timeout")
+
+    def _reader_late(self) -> None:
+        self._writing = None
+        logger.info("a client did not read for %g s: its connection is closed", self._limits.send_timeout_s)
+        self.transport.abort()  # closing would wait for it to read
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answers past the application, and closes."""
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": code}
+        body = msgspec.json.encode({"error": error})
+        phrases = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % (
+            status,
+            phrases.get(status, b"Service Unavailable"),
+            len(body),
+        )
+        if status == 503:
+            head += b"retry-after: 1\r\n"
+        self._stop_reading()
+        self.transport.write(head + b"\r\n" + body)
+        self.transport.close()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _stop_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None

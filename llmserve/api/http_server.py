@@ -1,0 +1,53 @@
+"""The HTTP server's own configuration: uvicorn over TLS or not, with limits on connections. Knows no application."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from llmserve.api.http_connection import ConnectionLimits, LimitedConnections
+from llmserve.api.tls import TlsFiles
+from llmserve.config import DoorConfig
+
+_SPARE_FILES = 256  # descriptors for engines, models and files
+
+
+def open_tls(door: DoorConfig) -> TlsFiles | None:
+    """The certificate that the configuration names. Raises ConfigError."""
+    return TlsFiles(Path(door.tls_certificate), Path(door.tls_key)) if door.tls_certificate else None
+
+
+def http_config(app: ASGIApp, door: DoorConfig, tls: TlsFiles | None, drain_timeout_s: float) -> uvicorn.Config:
+    """For `uvicorn.Server`."""
+    config = uvicorn.Config(
+        app,
+        http=LimitedConnections(connection_limits(door)),  # type: ignore[arg-type]  # it is called as a class would be
+        loop="uvloop",
+        lifespan="off",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        proxy_headers=False,  # who asks is decided by the door, and a header proves nothing
+        timeout_graceful_shutdown=int(drain_timeout_s),
+        server_header=False,
+    )
+    config.load()
+    if tls is not None:
+        config.ssl = tls.context
+    return config
+
+
+def connection_limits(door: DoorConfig) -> ConnectionLimits:
+    """Never more connections than the process may have open files for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = max(soft - _SPARE_FILES, soft // 2) if soft != resource.RLIM_INFINITY else door.max_connections
+    return ConnectionLimits(
+        max_connections=min(door.max_connections, room),
+        header_timeout_s=door.header_timeout_s,
+        body_timeout_s=door.body_timeout_s,
+        send_timeout_s=door.send_timeout_s,
+    )

@@ -1,0 +1,46 @@
+"""`llmserve keys`: makes an API key, shows it once and writes its hash to the file that the server reads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from llmserve.api_keys import SCOPES, is_key_name, new_key, read_key_file
+from llmserve.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `llmserve keys`."""
+    parser.description = "Make an API key. It is shown once; the file holds only its hash. To revoke a key, delete it."
+    parser.add_argument("file", type=Path, help="the file that `llmserve serve --api-keys` reads; made if missing")
+    parser.add_argument("name", help="who holds the key: it stands in logs and metrics")
+    parser.add_argument("--scope", action="append", choices=SCOPES, help="what the key may do; repeatable")
+    parser.add_argument("--weight", type=float, help="its part of the tokens under --scheduling-policy fair")
+    parser.add_argument("--share", type=float, help="the most it may take of the server's queue, 0 to 1")
+    parser.add_argument("--requests-per-minute", type=int)
+    parser.add_argument("--tokens-per-minute", type=int)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the key on standard output, alone. Raises ConfigError if the name is taken or the file is not ours."""
+    path: Path = args.file
+    if not is_key_name(args.name):
+        raise ConfigError(f"{args.name!r} is no name for a key: use 1 to 64 letters, digits or any of . _ @ -.")
+    if path.exists() and any(entry.get("name") == args.name for entry in read_key_file(path)):
+        raise ConfigError(f"{path} has a key {args.name!r} already. Choose another name, or delete its table first.")
+    key, digest = new_key()
+    lines = ["[[keys]]", f'name = "{args.name}"', f'sha256 = "{digest}"']
+    lines.append("scopes = [" + ", ".join(f'"{scope}"' for scope in args.scope or ["infer"]) + "]")
+    for field in ("weight", "share", "requests_per_minute", "tokens_per_minute"):
+        if (value := getattr(args, field)) is not None:
+            lines.append(f"{field} = {value}")
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n\n")
+    except OSError as error:
+        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error
+    print(f"The key of {args.name!r}, shown this once:", file=sys.stderr)
+    print(key)
+    return 0
