@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (3, ("models",)),
     (3, ("scheduler",)),
     (2, ("config", "settings")),
+    (2, ("pooling_config", "pooling_modules")),
     (
         2,
         (
@@ -41,7 +42,7 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
             *("chat_template", "token_bytes", "detokenizer", "stop_strings"),
         ),
     ),
-    (1, ("messages", "errors", "histogram", "http_metrics", "metrics", "general_metrics", "inference")),
+    (1, ("messages", "errors", "json_fields", "histogram", "http_metrics", "metrics", "general_metrics", "inference")),
     (1, ("kv_cache",)),
     (1, ("kernels",)),
 )
