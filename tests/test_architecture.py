@@ -42,7 +42,20 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
             *("chat_template", "token_bytes", "detokenizer", "stop_strings"),
         ),
     ),
-    (1, ("messages", "errors", "json_fields", "histogram", "http_metrics", "metrics", "general_metrics", "inference")),
+    (
+        1,
+        (
+            "messages",
+            "errors",
+            "json_fields",
+            "histogram",
+            "http_metrics",
+            "metrics",
+            "general_metrics",
+            "inference",
+            "pooling_metrics",
+        ),
+    ),
     (1, ("kv_cache",)),
     (1, ("kernels",)),
 )
