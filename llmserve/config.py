@@ -168,6 +168,11 @@ class RepositoryConfig:
     strict_readiness: bool = setting(True, "Ready only when every model is.")
     exit_on_error: bool = setting(False, "End if a model cannot be loaded at the start.")
     model_load_thread_count: int = setting(4, "Models that load at the same time.")
+    embedding_model: str = setting(
+        "auto",
+        "An embedding, reranker or classifier model to serve beside the others: a folder or a name, or none. auto is "
+        "the embedded one beside the embedded LLM, where no other model is named.",
+    )
     inline: tuple[str, ...] = setting(
         (), "A model to run in the server's process, where breakpoint() works; repeatable; * is all.", kind="list"
     )

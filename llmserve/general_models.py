@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,9 +14,13 @@ from llmserve.api.settings import ApiSettings
 from llmserve.api.v2_grpc import GrpcServer
 from llmserve.api.v2_llm import LanguageModel
 from llmserve.backends.general import GeneralModel
+from llmserve.backends.pooling_model import PoolingModel
 from llmserve.config import RepositoryConfig, ServerConfig
 from llmserve.repository.data_plane import DataPlane
+from llmserve.repository.model_folder import POOLING
 from llmserve.repository.model_repository import ModelRepository, ProgressOf
+from llmserve.repository.model_version import ModelVersion
+from llmserve.repository.pooling_models import PoolingModels
 from llmserve.repository.served_models import ServedModels
 from llmserve.repository.settings import ModelControlMode, RepositorySettings
 
@@ -31,11 +35,14 @@ class GeneralModels:
         llms: ServedModels,
         api: ApiSettings,
         entrance: Entrance | None = None,
+        named: Mapping[str, Path] | None = None,
     ) -> None:
+        """`named` are models that stand in no repository, by name."""
         self._server = server
         self._entrance = entrance or Entrance()
         self._inline = frozenset(config.inline)
-        self._repository = ModelRepository(_repository_settings(config, server), self._open)
+        self._repository = ModelRepository(_repository_settings(config, server), self._open, named)
+        self.pooling = PoolingModels(self._repository)
         self.plane = DataPlane(self._repository, version=__version__, llms=_LanguageModels(llms, api))
         self._grpc: GrpcServer | None = None
 
@@ -72,7 +79,9 @@ class GeneralModels:
             await self._grpc.stop(drain_s)
         await self._repository.stop()
 
-    def _open(self, name: str, version: str, version_path: Path, model_path: Path, config: ModelConfig) -> GeneralModel:
+    def _open(self, name: str, version: str, version_path: Path, model_path: Path, config: ModelConfig) -> ModelVersion:
+        if config.backend == POOLING:
+            return PoolingModel(name, version, version_path, model_path, config)
         inline = not self._inline.isdisjoint((name, "*"))
         return GeneralModel(name, version, version_path, model_path, config, inline=inline)
 

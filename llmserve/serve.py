@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import time
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -23,12 +24,13 @@ from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
-from llmserve.errors import ConfigError
+from llmserve.errors import ConfigError, ModelLoadError
 from llmserve.general_models import GeneralModels
 from llmserve.metrics import Metrics
-from llmserve.repository.embedded import DEFAULT_LLM
+from llmserve.pooling_config import is_pooling_folder
+from llmserve.repository.embedded import DEFAULT_EMBEDDING, DEFAULT_LLM
 from llmserve.repository.served_models import ServedModels, open_llm
-from llmserve.repository.sources import resolve_model
+from llmserve.repository.sources import ModelSource, resolve_model
 from llmserve.tools.progress import StartupDisplay
 
 logger = logging.getLogger(__name__)
@@ -56,13 +58,20 @@ class _Server:
         self._models = ServedModels()
         server = config.server
         self._api = ApiSettings(max_body_bytes=server.max_body_bytes, keep_alive_s=server.keep_alive_s)
+        sources = [(entry, self._fetch(entry.model or DEFAULT_LLM)) for entry in config.models]
+        self._sources = [(entry, source) for entry, source in sources if not is_pooling_folder(source.path)]
+        pooling = [(entry, source) for entry, source in sources if is_pooling_folder(source.path)]
+        if (default := self._embedding_model()) is not None:
+            pooling.append((ModelConfigEntry(model=default.name), default))
         self._entrance = Entrance(config.door, self._metrics)
-        self._general = GeneralModels(config.repository, server, self._models, self._api, self._entrance)
+        self._general = GeneralModels(
+            config.repository, server, self._models, self._api, self._entrance, _by_name(pooling)
+        )
         self._started = time.monotonic()
 
     async def run(self) -> int:
-        for entry in self._config.models:
-            self._open(entry)
+        for entry, source in self._sources:
+            self._open(entry, source)
         http = self._http_server()
         # uvicorn takes over both signals, and raises them again once it is done: then the engines end by themselves
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,10 +91,29 @@ class _Server:
             raise error
         return 0
 
-    def _open(self, entry: ModelConfigEntry) -> LLM:
-        name = entry.model or DEFAULT_LLM
+    def _fetch(self, name: str) -> ModelSource:
         with self._display.fetching(name) as progress:
-            source = resolve_model(name, progress)
+            return resolve_model(name, progress)
+
+    def _embedding_model(self) -> ModelSource | None:
+        """The model of `--embedding-model`. The default one is no reason not to serve when it cannot be fetched."""
+        name = self._config.repository.embedding_model
+        if name == "auto":
+            if [entry.model for entry in self._config.models] != [""]:
+                return None
+            try:
+                return self._fetch(DEFAULT_EMBEDDING)
+            except ModelLoadError as error:
+                logger.warning("There are no embeddings: %s (--embedding-model none: do without)", error.message)
+                return None
+        if name == "none":
+            return None
+        source = self._fetch(name)
+        if not is_pooling_folder(source.path):
+            raise ConfigError(f"--embedding-model {name}: this is not an embedding, reranker or classifier model.")
+        return source
+
+    def _open(self, entry: ModelConfigEntry, source: ModelSource) -> LLM:
         llm = open_llm(source, entry, self._config.server, self._metrics)
         self._models.add(llm, entry.served_names or (llm.name,))
         return llm
@@ -102,14 +130,28 @@ class _Server:
                 await start(llm)  # one after the other: each plans with the memory that the one before has left
             await general
             for folder in self._general.hugging_face_folders:
-                await start(self._open(ModelConfigEntry(model=str(folder), engine=self._config.engine)))
+                entry = ModelConfigEntry(model=str(folder), engine=self._config.engine)
+                await start(self._open(entry, resolve_model(entry.model)))
         names = [llm.name for llm in self._models.llms] + self._general.names
         scheme = "https" if self._config.door.tls_certificate else "http"
         self._display.ready(f"{scheme}://{host}:{port}", general.result(), names, time.monotonic() - self._started)
 
     def _http_server(self) -> _HttpServer:
-        app = create_app(self._models, self._api, self._metrics, self._general.plane, self._entrance)
+        general = self._general
+        app = create_app(self._models, self._api, self._metrics, general.plane, general.pooling, self._entrance)
         return _HttpServer(self._entrance.http_config(app, self._config.server.drain_timeout_s))
+
+
+def _by_name(pooling: list[tuple[ModelConfigEntry, ModelSource]]) -> dict[str, Path]:
+    """The folders of the pooling models, each under its one name. Raises ConfigError."""
+    folders: dict[str, Path] = {}
+    for entry, source in pooling:
+        if len(entry.served_names) > 1:
+            raise ConfigError(f"{source.root}: an embedding, reranker or classifier model has one name only.")
+        name = entry.served_names[0] if entry.served_names else source.name.rpartition("/")[2]
+        if folders.setdefault(name, source.path) != source.path:
+            raise ConfigError(f"Two models are named {name!r}. Give each its own with --served-model-name.")
+    return folders
 
 
 class _HttpServer(uvicorn.Server):

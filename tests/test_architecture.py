@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (3, ("models",)),
     (3, ("scheduler",)),
     (2, ("config", "settings", "api_keys")),
+    (2, ("pooling_config", "pooling_modules")),
     (
         2,
         (
@@ -44,8 +45,8 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (
         1,
         (
-            *("messages", "errors", "histogram", "http_metrics", "metrics", "general_metrics", "inference"),
-            *("request_context", "rate_limit"),
+            *("messages", "errors", "json_fields", "histogram", "http_metrics", "metrics", "general_metrics"),
+            *("inference", "pooling_metrics", "request_context", "rate_limit"),
         ),
     ),
     (1, ("kv_cache",)),

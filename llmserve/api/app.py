@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from llmserve import __version__
 from llmserve.api import chat, completions, docs_page, status, tokens
 from llmserve.api.context import ApiContext
-from llmserve.api.directory import ModelDirectory
+from llmserve.api.directory import ModelDirectory, NoPoolingModels, PoolingDirectory
 from llmserve.api.entrance import Entrance
 from llmserve.api.errors import install_error_handlers
 from llmserve.api.http_metrics import HttpMetricsMiddleware
+from llmserve.api.openapi import request_body
+from llmserve.api.pooling_routes import COHERE_PATHS, add_pooling_routes
 from llmserve.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -29,6 +28,7 @@ from llmserve.api.v2_http import install_v2_http
 from llmserve.api.v2_openapi import describe_v2
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.metrics import Metrics
+from llmserve.pooling_metrics import PoolingCollector
 from llmserve.repository.data_plane import DataPlane
 
 
@@ -37,17 +37,21 @@ def create_app(
     settings: ApiSettings,
     metrics: Metrics,
     plane: DataPlane | None = None,
+    pooling: PoolingDirectory | None = None,
     entrance: Entrance | None = None,
 ) -> FastAPI:
-    """The application over the models served now; `models` may change under it. `plane` is what `/v2` speaks for.
+    """The application over the models served now, which may change under it. `plane` is what `/v2` speaks for.
 
     `entrance` is what stands before every route; without one, it is that of a server without keys.
     """
     app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
-    context = ApiContext(models=models, settings=settings, metrics=metrics, plane=plane)
+    pooling = pooling or NoPoolingModels()
+    context = ApiContext(models=models, pooling=pooling, settings=settings, metrics=metrics, plane=plane)
+    metrics.register(PoolingCollector(lambda: pooling.metrics), bytes)
     install_error_handlers(app)
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)
     _add_model_routes(app, context)
+    add_pooling_routes(app, context)
     _add_status_routes(app, context)
     if plane is not None:
         _add_v2(app, plane, settings, metrics)
@@ -60,29 +64,29 @@ def _add_v2(app: FastAPI, plane: DataPlane, settings: ApiSettings, metrics: Metr
     general_metrics = GeneralModelMetrics(plane)
     metrics.register(general_metrics, general_metrics.render)
     limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
-    install_v2_http(app, plane, limits, metrics.http)
+    install_v2_http(app, plane, limits, metrics.http, COHERE_PATHS)
     describe_v2(app)
 
 
 def _add_model_routes(app: FastAPI, context: ApiContext) -> None:
     """Routes that take a body. It is read by hand: FastAPI's own reading has no size limit and lenient JSON."""
 
-    @app.post("/v1/chat/completions", openapi_extra=_body("/v1/chat/completions", ChatCompletionRequest))
+    @app.post("/v1/chat/completions", openapi_extra=request_body("/v1/chat/completions", ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation. With `stream`, as Server-Sent Events."""
         return await chat.chat_completions(request, context)
 
-    @app.post("/v1/completions", openapi_extra=_body("/v1/completions", CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=request_body("/v1/completions", CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Continues one or several prompts. With `stream`, as Server-Sent Events."""
         return await completions.completions(request, context)
 
-    @app.post("/tokenize", openapi_extra=_body("/tokenize", TokenizeTextRequest, TokenizeChatRequest))
+    @app.post("/tokenize", openapi_extra=request_body("/tokenize", TokenizeTextRequest, TokenizeChatRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a conversation."""
         return await tokens.tokenize(request, context)
 
-    @app.post("/detokenize", openapi_extra=_body("/detokenize", DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=request_body("/detokenize", DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         return await tokens.detokenize(request, context)
@@ -126,18 +130,3 @@ def _add_status_routes(app: FastAPI, context: ApiContext) -> None:
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return status.index(sorted({*app.openapi()["paths"], "/docs", "/openapi.json"}), context)
-
-
-def _body(path: str, *models: type[BaseModel]) -> dict[str, Any]:
-    """An operation's `requestBody`. Nested models are defined inside it and referred to from the document's root."""
-    place = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
-    if len(models) == 1:
-        schema = models[0].model_json_schema(ref_template=place + "/$defs/{model}")
-    else:
-        schema = {
-            "oneOf": [
-                model.model_json_schema(ref_template=f"{place}/oneOf/{position}/$defs/{{model}}")
-                for position, model in enumerate(models)
-            ]
-        }
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

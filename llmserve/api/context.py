@@ -11,12 +11,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llmserve.api.body import read_json_object
-from llmserve.api.directory import ModelDirectory
+from llmserve.api.directory import ModelDirectory, PoolingDirectory
 from llmserve.api.settings import ApiSettings
 from llmserve.backends.generation import TextGenerator
 from llmserve.errors import InvalidRequestError, NotReadyError
 from llmserve.metrics import Metrics
+from llmserve.pooling_config import Kind
 from llmserve.repository.data_plane import DataPlane
+
+_USES: Mapping[Kind, str] = {
+    "embed": "/v1/embeddings, /rerank and /score",
+    "score": "/rerank and /score",
+    "classify": "/classify and /predict",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,7 @@ class ApiContext:
     """One for an application."""
 
     models: ModelDirectory
+    pooling: PoolingDirectory
     settings: ApiSettings
     metrics: Metrics
     plane: DataPlane | None = None  # general models, where they are served
@@ -39,6 +47,10 @@ class ApiContext:
         if name is None:
             listed = ", ".join(repr(known) for known in self.models.names)
             raise InvalidRequestError(f"'model' is required where several models are served: {listed}.", "model")
+        if name in self.pooling.names and name not in self.models.names:
+            raise InvalidRequestError(
+                f"The model {name!r} generates no text: it is for {_USES[self.pooling.kind(name)]}.", "model"
+            )
         return self.models.get(name)
 
     def ready_generator(self, name: str | None) -> TextGenerator:

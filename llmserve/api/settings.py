@@ -14,6 +14,7 @@ class ApiSettings:
     max_n: int = 128
     max_prompts: int = 1024  # in one request to /v1/completions
     max_sequences: int = 1024  # prompts times n
+    max_inputs: int = 2048  # of one request for embeddings, scores or labels
     max_messages: int = 4096
     max_stop_strings: int = 16
     max_stop_chars: int = 1024  # of one stop string or bad word: that much text may have to be held back

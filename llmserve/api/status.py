@@ -14,23 +14,35 @@ from llmserve.backends.generation import TextGenerator
 def list_models(context: ApiContext) -> Response:
     """GET /v1/models."""
     models = [_model_card(name, context.models.get(name)) for name in context.models.names]
+    models += [_pooling_card(name, context) for name in context.pooling.names]
     return json_response({"object": "list", "data": models})
 
 
 def show_model(model_id: str, context: ApiContext) -> Response:
     """GET /v1/models/{id}. Raises ModelNotFoundError."""
+    if model_id in context.pooling.names:
+        return json_response(_pooling_card(model_id, context))
     return json_response(_model_card(model_id, context.models.get(model_id)))
 
 
 def _model_card(name: str, generator: TextGenerator) -> dict[str, Any]:
+    return _card(name, generator.created, generator.root, generator.max_model_len)
+
+
+def _pooling_card(name: str, context: ApiContext) -> dict[str, Any]:
+    model = context.pooling.get(name)
+    return _card(name, model.created, model.root, model.pooling.max_model_len)
+
+
+def _card(name: str, created: int, root: str, max_model_len: int) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
-        "created": generator.created,
+        "created": created,
         "owned_by": "llmserve",
-        "root": generator.root,
+        "root": root,
         "parent": None,
-        "max_model_len": generator.max_model_len,
+        "max_model_len": max_model_len,
         "permission": [],
     }
 
@@ -69,6 +81,5 @@ def version() -> Response:
 
 def index(routes: list[str], context: ApiContext) -> Response:
     """GET /: what there is."""
-    return json_response(
-        {"server": "llmserve", "version": __version__, "models": list(context.models.names), "routes": routes}
-    )
+    names = [*context.models.names, *context.pooling.names]
+    return json_response({"server": "llmserve", "version": __version__, "models": names, "routes": routes})

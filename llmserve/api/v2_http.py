@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -62,19 +62,31 @@ _NO_METHODS: Methods = {}
 
 
 def install_v2_http(
-    app: Starlette, plane: DataPlane, settings: V2HttpSettings, metrics: HttpMetrics | None = None
+    app: Starlette,
+    plane: DataPlane,
+    settings: V2HttpSettings,
+    metrics: HttpMetrics | None = None,
+    others: Collection[str] = (),
 ) -> None:
-    """Answers everything under `/v2` before `app`'s own middleware and routes. `metrics` counts requests by route."""
-    app.add_middleware(V2Http, plane=plane, settings=settings, metrics=metrics)
+    """Answers everything under `/v2` before `app`'s own middleware and routes. `metrics` counts requests by route;
+    `others` are paths under `/v2` that are not the protocol's, and the application's own."""
+    app.add_middleware(V2Http, plane=plane, settings=settings, metrics=metrics, others=others)
 
 
 class V2Http:
     """An ASGI application that passes on what is not under `/v2`."""
 
     def __init__(
-        self, app: ASGIApp, *, plane: DataPlane, settings: V2HttpSettings, metrics: HttpMetrics | None = None
+        self,
+        app: ASGIApp,
+        *,
+        plane: DataPlane,
+        settings: V2HttpSettings,
+        metrics: HttpMetrics | None = None,
+        others: Collection[str] = (),
     ) -> None:
         self._app = app
+        self._others = others
         self._plane = plane
         self._settings = settings
         self._metrics = metrics
@@ -82,7 +94,7 @@ class V2Http:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One exchange."""
         path: str = scope.get("path", "")
-        if scope["type"] != "http" or not (path.startswith("/v2/") or path == "/v2"):
+        if scope["type"] != "http" or path in self._others or not (path.startswith("/v2/") or path == "/v2"):
             await self._app(scope, receive, send)
             return
         begin_s = time.monotonic()

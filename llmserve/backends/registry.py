@@ -12,6 +12,7 @@ _BUILT_IN = {
     "onnxruntime": "llmserve.backends.onnxruntime:OnnxRuntimeBackend",
     "pytorch": "llmserve.backends.torchscript:TorchBackend",
     "python": "llmserve.backends.python:PythonBackend",
+    "pooling": "llmserve.backends.pooling:PoolingBackend",
 }
 # Triton's older `platform` names and the backends that stand for them today.
 PLATFORM_BACKENDS = {"onnxruntime_onnx": "onnxruntime", "pytorch_libtorch": "pytorch"}

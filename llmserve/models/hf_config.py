@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmserve.errors import ModelLoadError
+from llmserve.json_fields import JsonFields, read_json
 from llmserve.models.architectures import ARCHITECTURES, Architecture, find_architecture
 from llmserve.models.config import Activation, ModelConfig, RopeConfig, yarn_magnitude
-from llmserve.models.json_fields import JsonFields, read_json
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

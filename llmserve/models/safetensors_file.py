@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmserve.errors import ModelLoadError
-from llmserve.models.json_fields import read_json
+from llmserve.json_fields import read_json
 
 _INDEX = "model.safetensors.index.json"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

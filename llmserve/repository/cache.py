@@ -46,7 +46,8 @@ def sha256_of(path: Path) -> str:
 
 def write_manifest(folder: Path, recipe: str) -> None:
     """Records every file of the folder, so that damage can be told later, and the recipe they were made by."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _MANIFEST)
+    files = {path.relative_to(folder).as_posix(): _describe(path) for path in paths}
     _write_json(folder / _MANIFEST, {"recipe": recipe, "files": files})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,30 @@ class RemoteRepository:
         )
 
 
-RepositoryLocation = LocalRepository | RemoteRepository
+class NamedFolders:
+    """Folders of this machine that were named one by one, each a model."""
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = folders
+        self.remote = False
+
+    def __str__(self) -> str:
+        return "the command line"
+
+    def model_names(self) -> list[str]:
+        """As they were named."""
+        return sorted(self._folders)
+
+    def fetch(self, name: str) -> Path:
+        """The model's folder."""
+        return self._folders[name]
+
+    def fingerprint(self, name: str) -> Fingerprint:
+        """Changes whenever a file of the model does."""
+        return fingerprint(self._folders[name])
+
+
+RepositoryLocation = LocalRepository | RemoteRepository | NamedFolders
 
 
 def open_repository(url: str) -> RepositoryLocation:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from llmserve.errors import InvalidRequestError, ModelLoadError
+from llmserve.pooling_config import is_pooling_folder
 from llmserve.repository.model_config import check_config, complete_config, parse_json, parse_pbtxt, parse_toml
 from llmserve.repository.packaged_files import add_packaged_files, mirror, read_packages
 from llmserve.repository.versions import scan_versions
@@ -20,6 +21,7 @@ _MAX_NAME_BYTES = 255
 _FILE_PREFIX = "file:"
 _CONFIG_PBTXT = "config.pbtxt"
 _MODEL_TOML = "model.toml"
+POOLING = "pooling"  # the backend of Hugging Face folders that are no chat model
 
 Fingerprint = tuple[tuple[str, int, int], ...]  # (path, modification time in ns, bytes) of every file
 
@@ -76,6 +78,8 @@ def read_model_folder(
             _check_inside(file, root)
     if config is None:
         config = _read_config(path, config_name)
+    if not config.backend and is_pooling_model(path):
+        config.backend = POOLING
     check_config(config, name)
     if sources := read_packages(path / _MODEL_TOML):
         path, mirrored = (path, False) if temporary else (mirror(path), True)
@@ -90,7 +94,7 @@ def read_model_folder(
 
 
 def _complete_folder(name: str, path: Path, config: ModelConfig, temporary: bool) -> ModelFolder:
-    versions = scan_versions(path)
+    versions = scan_versions(path) or ({1: path} if config.backend == POOLING and is_pooling_folder(path) else {})
     filenames = {child.name for version in versions.values() for child in version.iterdir()}
     return ModelFolder(name, path, complete_config(config, name, filenames), versions, temporary)
 
@@ -126,6 +130,17 @@ def is_hugging_face_folder(path: Path) -> bool:
     """A folder `transformers` would load: a configuration in JSON, and nothing of Triton's layout."""
     ours = (path / _CONFIG_PBTXT).is_file() or (path / _MODEL_TOML).is_file()
     return (path / "config.json").is_file() and not ours and not scan_versions(path)
+
+
+def is_pooling_model(path: Path) -> bool:
+    """An embedding, reranker or classifier model: a Hugging Face folder, bare or as a version of Triton's layout.
+
+    One whose config.json cannot be read is none.
+    """
+    try:
+        return any(is_pooling_folder(folder) for folder in (path, *scan_versions(path).values()))
+    except ModelLoadError:
+        return False
 
 
 def _read_config(path: Path, config_name: str) -> ModelConfig:

@@ -12,12 +12,13 @@ from pathlib import Path
 from llmserve.errors import ConfigError, InferenceError, LLMServeError, ModelLoadError
 from llmserve.repository.cache import Progress, no_progress
 from llmserve.repository.lifecycle import IndexEntry, ModelLifecycle
-from llmserve.repository.location import LocalRepository, RepositoryLocation, open_repository
+from llmserve.repository.location import LocalRepository, NamedFolders, RepositoryLocation, open_repository
 from llmserve.repository.model_folder import (
     Fingerprint,
     ModelFolder,
     check_model_name,
     is_hugging_face_folder,
+    is_pooling_model,
     read_inline_config,
     read_model_folder,
     write_model_folder,
@@ -36,10 +37,16 @@ _NOT_EXPLICIT = "explicit model load / unload is not allowed if polling is enabl
 class ModelRepository:
     """Every model of every repository given. `opener` makes a version from its folder; nothing here knows how."""
 
-    def __init__(self, settings: RepositorySettings, opener: OpenVersion) -> None:
+    def __init__(
+        self, settings: RepositorySettings, opener: OpenVersion, named: Mapping[str, Path] | None = None
+    ) -> None:
+        """`named` are folders that are models too, by name; whatever the control mode, they are loaded at the start."""
         self.settings = settings
         self._opener = opener
+        self._named = dict(named or {})
         self._locations: list[RepositoryLocation] = [open_repository(url) for url in settings.model_repository]
+        if self._named:
+            self._locations.append(NamedFolders(self._named))
         self._models: dict[str, ModelLifecycle] = {}
         self._known: dict[str, list[RepositoryLocation]] = {}  # what the last look at the folders found
         self._hugging_face: list[Path] = []
@@ -168,7 +175,7 @@ class ModelRepository:
             return sorted(self._known)
         if missing := [name for name in settings.load_model if name not in self._known]:
             raise ConfigError(f"--load-model {missing[0]!r}: no model repository holds a model of that name.")
-        return list(settings.load_model)
+        return sorted({*settings.load_model, *self._named})
 
     async def _load_all(self, names: Iterable[str]) -> list[LLMServeError]:
         """Loads several at a time; what failed is in the index and in the log."""
@@ -218,11 +225,12 @@ class ModelRepository:
             raise ModelLoadError(f"Model {name!r} stands in several repositories: {listed}. Leave it in one.")
         location = locations[0]
         path = location.fetch(name)
+        named = isinstance(location, NamedFolders)  # what its user names may hold links to anywhere, as the hub's do
         try:
             return read_model_folder(
                 name,
                 path,
-                path if location.remote else path.parent,
+                path.parent if isinstance(location, LocalRepository) else Path(path.anchor if named else path),
                 config_name=self.settings.model_config_name,
                 config=config,
                 temporary=location.remote,
@@ -241,8 +249,9 @@ class ModelRepository:
             hugging_face: list[Path] = []
             for location in self._locations:
                 for name in location.model_names():
-                    if isinstance(location, LocalRepository) and is_hugging_face_folder(location.root / name):
-                        hugging_face.append(location.root / name)
+                    folder = location.root / name if isinstance(location, LocalRepository) else None
+                    if folder is not None and is_hugging_face_folder(folder) and not is_pooling_model(folder):
+                        hugging_face.append(folder)
                     else:
                         found.setdefault(name, []).append(location)
             return found, hugging_face

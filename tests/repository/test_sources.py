@@ -144,11 +144,13 @@ def test_what_the_hub_does_not_have(resolve_from_hub: Callable[..., dict[str, An
 
 
 def test_listing(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [row] = [model for model in list_models() if model.kind == "embedded"]
+    row, vectors = [model for model in list_models() if model.kind == "embedded"]
+    assert vectors.name == "all-minilm-l6-v2"
     assert (row.name, row.path) == ("smollm2-135m-instruct", smollm2_path)
     assert row.size_bytes > 350_000_000
     assert "Apache-2.0" in row.description
     assert row.quantizations == ("none", "q8_0", "int8")
     monkeypatch.setenv("LLMSERVE_CACHE", str(tmp_path))
-    [row] = [model for model in list_models() if model.kind == "embedded"]
+    row, vectors = [model for model in list_models() if model.kind == "embedded"]
+    assert vectors.path is None
     assert (row.path, row.size_bytes) == (None, embedded.CATALOGUE[0].download_bytes)

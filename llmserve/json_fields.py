@@ -71,12 +71,24 @@ class JsonFields:
 
 def read_json(path: Path) -> JsonFields:
     """The object in a JSON file. Raises ModelLoadError if there is none."""
+    values = _load(path)
+    if not isinstance(values, dict):
+        raise ModelLoadError(f"{path} must hold a JSON object.")
+    return JsonFields(str(path), values)
+
+
+def read_json_list(path: Path) -> list[JsonFields]:
+    """The list of objects in a JSON file. Raises ModelLoadError if there is none."""
+    values = _load(path)
+    if not isinstance(values, list) or not all(isinstance(entry, dict) for entry in values):
+        raise ModelLoadError(f"{path} must hold a JSON list of objects.")
+    return [JsonFields(f"{path}: [{index}]", entry) for index, entry in enumerate(values)]
+
+
+def _load(path: Path) -> Any:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelLoadError(f"{path} is missing.") from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise ModelLoadError(f"{path} must hold a JSON object.")
-    return JsonFields(str(path), values)
