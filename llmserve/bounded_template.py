@@ -9,7 +9,7 @@ can make a value larger says how large before it does. A filter or method that i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import jinja2
@@ -111,7 +111,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.budget.touch(owner)
         if isinstance(owner, str) and name in ("join", "replace"):
             _check_growth(name, (owner, *args) if name == "replace" else (args[0] if args else (), owner))
-        return _checked(super().call(context, function, *args, **kwargs))
+        return _checked(_invoke(super().call, (context, function, *args), kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format`, with widths and repetitions that are bounded."""
@@ -121,7 +121,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         def formatted(*args: Any, **kwargs: Any) -> str:
             _check_format(value.__self__, (*args, *kwargs.values()))
-            return wrapped(*args, **kwargs)
+            return str(_invoke(wrapped, args, kwargs))
 
         return formatted
 
@@ -242,7 +242,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         elif name in ("batch", "indent", "slice", "truncate", "tojson"):
             _check_counts(value, given)
         first = _PASSED[kind.name](context) if kind is not None else ()
-        result = function(*first, value, *args, **options)
+        result = _invoke(function, (*first, value, *args), options)
         return _checked(result)
 
     return guarded
@@ -295,6 +295,11 @@ def _check_size(size: int, kind: Any) -> None:
     limit = MAX_CHARS if isinstance(kind, str) else _MAX_ITEMS
     if size > limit:
         raise SecurityError(f"it makes a value of {size} characters or items; at most {limit} are allowed")
+
+
+def _invoke(function: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """A call as the template wrote it."""
+    return function(*args, **options)
 
 
 def _checked(value: Any) -> Any:
