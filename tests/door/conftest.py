@@ -54,7 +54,7 @@ def run_guarded(door: DoorConfig, settings: ApiSettings, plane: Any = None) -> I
     """Serves until the end of the block."""
     model, metrics = ScriptedModel("scripted", Script()), Metrics()
     entrance = Entrance(door, metrics)
-    app = create_app(Directory([model]), settings, metrics, plane, entrance)
+    app = create_app(Directory([model]), settings, metrics, plane, entrance=entrance)
     server = uvicorn.Server(entrance.http_config(app, 5.0))
     loops: list[asyncio.AbstractEventLoop] = []
     started = threading.Event()
