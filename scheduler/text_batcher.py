@@ -2,9 +2,9 @@
 
 A batch is packed: its cost is its tokens, whatever their lengths, so it is filled up to a token budget and nothing is
 sorted to save padding. What the order decides is who waits. A client's request of many texts is split, and its texts
-queue by self-clocked fair queueing (Golestani, 1994), counted in tokens: each is tagged with the tokens its request will
-have had by then, so that a request of one text, or of short ones, is not behind another's thousand. A text that has
-waited `max_wait_s` goes before all tags.
+queue by self-clocked fair queueing (Golestani, 1994), counted in tokens: each is tagged with the tokens its request
+will have had by then, so that a request of one text, or of short ones, is not behind another's thousand. A text that
+has waited `max_wait_s` goes before all tags.
 """
 
 from __future__ import annotations

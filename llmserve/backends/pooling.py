@@ -57,7 +57,7 @@ def _niceness(model: ModelContext) -> int:
 
 
 def _step_back(niceness: int) -> None:
-    """Every thread there is, and so all they will start, leaves the cores to others. Loading was as urgent as theirs."""
+    """All threads, and those they will start, leave the cores to others. Loading was as urgent as anything."""
     for thread in os.listdir("/proc/self/task") if Path("/proc/self/task").is_dir() else ():
         with contextlib.suppress(OSError):  # it has just ended
             os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
