@@ -8,7 +8,7 @@ does not depend on the rows that came with it, nor on how a prompt was cut into 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -33,6 +33,18 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor  # int64 [num_tokens]: block id * block_size + offset
     positions: torch.Tensor  # int64 [num_tokens]
     max_query_len: int
+    max_seq_len: int
+
+
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "sigmoid"]  # "gelu" is the exact one, by erf
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequences:
+    """Whole sequences of an encoder's batch, one behind the other with no padding."""
+
+    cu_seqlens: torch.Tensor  # int32 [num_seqs + 1]: sequence i owns rows cu_seqlens[i]:cu_seqlens[i + 1], at least one
+    positions: torch.Tensor  # int64 [num_tokens]: from 0 within each sequence
     max_seq_len: int
 
 
@@ -68,7 +80,9 @@ class KVCache(Protocol):
 
 
 class Ops(Protocol):
-    """All ops of a decoder. Shapes: t tokens, h query heads, k kv heads, d head size, r rows."""
+    """All ops of decoders and encoders. Shapes: t tokens, n sequences, h query heads, k kv heads, d head size, r rows.
+
+    Norm weights and biases are float32."""
 
     name: str
     weight_formats: tuple[str, ...]  # of `weight_formats.py`, those this implementation computes
@@ -147,6 +161,56 @@ class Ops(Protocol):
 
     def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [t, 2n] -> gelu_tanh(gate) * up [t, n]."""
+        ...
+
+    def gelu_erf_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [t, 2n] -> gelu(gate) * up [t, n], the gelu the exact one."""
+        ...
+
+    def activate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """x [t, n] = activation(x), in place; returns x."""
+        ...
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """(x - mean) * rsqrt(variance + eps) * weight + bias over each row of x [t, n], in fp32. A new tensor."""
+        ...
+
+    def add_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """residual float32 += x, in place; returns layer_norm(residual) of x's dtype. Of layers that norm first."""
+        ...
+
+    def post_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """residual float32 = layer_norm(residual + x), in place; returns it in x's dtype, itself if that is float32.
+        Of layers that norm last, as BERT's do."""
+        ...
+
+    def rotary_packed(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, sequences: PackedSequences, head_dim: int
+    ) -> None:
+        """Rotates q and k of qkv [t, 3 * h * d] in place, as `rotary_and_cache` does."""
+        ...
+
+    def packed_attention(
+        self,
+        qkv: torch.Tensor,
+        sequences: PackedSequences,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+        relative_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bidirectional attention within each sequence of qkv [t, 3 * h * d]: a row sees every row of its sequence, and
+        with a window w > 0 those at most w away. `relative_bias` float32 [h, 2m - 1], m >= max_seq_len, is added to
+        the scaled scores: element m - 1 + j - i for the query at position i and the key at j. Returns [t, h * d]."""
+        ...
+
+    def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """x [t, m], weights float32 [t], cu_seqlens int32 [n + 1] -> float32 [n, m]: each sequence's weighted sum of
+        rows."""
         ...
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:

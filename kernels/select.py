@@ -6,7 +6,8 @@ import logging
 
 import torch
 
-from llmserve.kernels.cpu.ops import MAX_HEAD_DIM, SUPPORTED_DTYPES, create_cpu_ops
+from llmserve.kernels.cpu.kv_cache import DTYPES, MAX_HEAD_DIM
+from llmserve.kernels.cpu.ops import create_cpu_ops
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.reference import ReferenceOps
 
@@ -20,7 +21,7 @@ def select_ops(device: torch.device, dtype: torch.dtype, head_dim: int, num_thre
     """
     if device.type != "cpu":
         return ReferenceOps()
-    if dtype not in SUPPORTED_DTYPES or head_dim % 16 or head_dim > MAX_HEAD_DIM:
+    if dtype not in DTYPES or head_dim % 16 or head_dim > MAX_HEAD_DIM:
         logger.warning("No CPU kernels for %s with head size %d: plain torch runs, much slower.", dtype, head_dim)
         return ReferenceOps()
     return create_cpu_ops(num_threads) or ReferenceOps()

@@ -88,7 +88,8 @@ class PoolingConfig:
 
 
 def is_pooling_folder(folder: Path) -> bool:
-    """Whether the folder holds an encoder, a classifier or a sentence-transformers model, and not a chat model.
+    """Whether the folder holds an encoder, a classifier, a sentence-transformers model or a decoder without its
+    language model's head, and not a chat model.
 
     Raises ModelLoadError for a config.json that cannot be read.
     """
@@ -98,7 +99,7 @@ def is_pooling_folder(folder: Path) -> bool:
     name = _architecture(fields)
     return (
         (folder / MODULES_FILE).is_file()
-        or name.endswith(_CLASSIFIER)
+        or name.endswith(("Model", _CLASSIFIER))
         or encoder_stem(name) is not None
         or fields.has("classifier_from_token")
     )

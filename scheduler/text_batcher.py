@@ -2,7 +2,7 @@
 
 A batch is packed: its cost is its tokens, whatever their lengths, so it is filled up to a token budget and nothing is
 sorted to save padding. What the order decides is who waits. A client's request of many texts is split, and its texts
-queue by start-time fair queueing (Goyal et al., 1996), counted in tokens: each is tagged with the tokens its request
+queue by self-clocked fair queueing (Golestani, 1994), counted in tokens: each is tagged with the tokens its request
 will have had by then, so that a request of one text, or of short ones, is not behind another's thousand. A text that
 has waited `max_wait_s` goes before all tags.
 """
@@ -44,7 +44,7 @@ class TextBatcher:
         self._by_tag: list[tuple[float, int]] = []  # a heap; entries whose tag is not the text's (any more) are void
         self._last_tags: dict[int, float] = {}  # of the requests that have texts here
         self._num_texts: dict[int, int] = {}  # of each request
-        self._virtual_time = 0.0  # tokens that a request which is always here would have been due
+        self._virtual_time = 0.0  # the highest tag that has been served
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class TextBatcher:
                 break
             chosen.append(text)
             num_tokens += text.num_tokens
-            self._virtual_time = max(self._virtual_time, text.tag - text.num_tokens)
+            self._virtual_time = max(self._virtual_time, text.tag)
             self._take(text)
         for entry in stepped_over:
             heapq.heappush(self._by_tag, entry)

@@ -14,6 +14,8 @@ from llmserve.kernels.cpu.build import BuildError, build_library, host_isas
 logger = logging.getLogger(__name__)
 
 F32, BF16 = 0, 1  # dtypes of activations
+PLAIN, PRE_NORM, POST_NORM = 0, 1, 2  # kinds of layer_norm
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3, "tanh": 4, "sigmoid": 5}
 FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}  # of packed weights, as in gemm.h
 
 
@@ -69,6 +71,11 @@ class Library:
         self._destroy = self._function("llm_pool_destroy", None, p)
         self.rms_norm = self._function("llm_rms_norm", None, p, p, p, p, p, n, n, f, i)
         self.gate_and_mul = self._function("llm_gate_and_mul", None, p, p, p, n, n, i, i)
+        self.layer_norm = self._function("llm_layer_norm", None, p, p, p, p, p, p, n, n, f, i, i)
+        self.activate = self._function("llm_activate", None, p, p, n, n, i, i)
+        self.segment_sum = self._function("llm_segment_sum", None, p, p, p, p, n, n, i, p)
+        self.rotary_packed = self._function("llm_rotary_packed", None, p, p, p, p, n, n, n, i)
+        self.packed_attention = self._function("llm_packed_attention", None, p, p, p, n, n, n, f, n, p, n, i, p)
         self.embedding = self._function("llm_embedding", n, p, n, p, n, n, p)
         self.rotary_and_cache = self._function("llm_rotary_and_cache", None, p, p, p, p, p, n, p, p, f, p)
         self.paged_attention = self._function("llm_paged_attention", None, p, p, p, p, n, f, n, f, p)

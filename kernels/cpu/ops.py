@@ -13,30 +13,27 @@ import torch
 import torch.nn.functional as F
 
 from llmserve.kernels.cpu.gguf_blocks import pack_gguf, pack_q8_0
-from llmserve.kernels.cpu.library import BF16, F32, KVCacheStruct, Library, StepMetaStruct, load_library
+from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
+from llmserve.kernels.cpu.library import (
+    ACTIVATIONS,
+    PLAIN,
+    POST_NORM,
+    PRE_NORM,
+    Library,
+    StepMetaStruct,
+    load_library,
+)
 from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8, packed_bytes
-from llmserve.kernels.memory import cache_zeros
-from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
+from llmserve.kernels.ops import (
+    Activation,
+    AttentionMetadata,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    PackedSequences,
+    SamplingTensors,
+)
 from llmserve.kernels.weight_formats import ALL_FORMATS, DENSE, INT8, Q8_0
-
-_DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
-SUPPORTED_DTYPES = tuple(_DTYPES)
-MAX_HEAD_DIM = 256
-
-
-class CPUKVCache:
-    """One layer's blocks in the layout of kv_layout.h."""
-
-    def __init__(self, spec: KVCacheSpec, num_blocks: int) -> None:
-        _check_spec(spec)
-        shape = (num_blocks, spec.num_kv_heads, 2, spec.block_size * spec.head_dim)
-        self.data = cache_zeros(shape, spec.dtype, torch.device("cpu"))
-        self.nbytes = self.data.nbytes
-        self._struct = KVCacheStruct(
-            self.data.data_ptr(), spec.num_kv_heads, spec.head_dim, spec.block_size, _DTYPES[spec.dtype]
-        )
-        self.spec = spec
-        self.pointer = ctypes.addressof(self._struct)
 
 
 class CPUOps:
@@ -88,7 +85,7 @@ class CPUOps:
         if columns != weight.padded_in and not weight.quantizes_input:
             x, columns = F.pad(x, (0, weight.padded_in - columns)), weight.padded_in
         self._library.linear(
-            self._pool, weight.pointer, _data(x), out.data_ptr(), rows, columns, _DTYPES[x.dtype], _DTYPES[out.dtype]
+            self._pool, weight.pointer, _data(x), out.data_ptr(), rows, columns, DTYPES[x.dtype], DTYPES[out.dtype]
         )
         return out
 
@@ -107,7 +104,7 @@ class CPUOps:
         rows, n = x.shape
         out = torch.empty_like(x)
         self._library.rms_norm(
-            self._pool, _data(x), None, weight.data_ptr(), out.data_ptr(), rows, n, eps, _DTYPES[x.dtype]
+            self._pool, _data(x), None, weight.data_ptr(), out.data_ptr(), rows, n, eps, DTYPES[x.dtype]
         )
         return out
 
@@ -118,7 +115,7 @@ class CPUOps:
         rows, n = x.shape
         out = torch.empty_like(x)
         self._library.rms_norm(
-            self._pool, _data(x), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, eps, _DTYPES[x.dtype]
+            self._pool, _data(x), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, eps, DTYPES[x.dtype]
         )
         return out
 
@@ -128,10 +125,114 @@ class CPUOps:
     def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._gate_and_mul(gate_up, 1)
 
-    def _gate_and_mul(self, gate_up: torch.Tensor, gelu: int) -> torch.Tensor:
+    def gelu_erf_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gate_and_mul(gate_up, 2)
+
+    def _gate_and_mul(self, gate_up: torch.Tensor, gate: int) -> torch.Tensor:
         rows, n = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((rows, n), dtype=gate_up.dtype)
-        self._library.gate_and_mul(self._pool, _data(gate_up), out.data_ptr(), rows, n, _DTYPES[gate_up.dtype], gelu)
+        self._library.gate_and_mul(self._pool, _data(gate_up), out.data_ptr(), rows, n, DTYPES[gate_up.dtype], gate)
+        return out
+
+    def activate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        rows, n = x.shape
+        self._library.activate(self._pool, _data(x), rows, n, DTYPES[x.dtype], ACTIVATIONS[activation])
+        return x
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self._layer_norm(x, None, weight, bias, eps, out, PLAIN)
+        return out
+
+    def add_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self._layer_norm(x, residual, weight, bias, eps, out, PRE_NORM)
+        return out
+
+    def post_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        out = None if x.dtype == torch.float32 else torch.empty_like(x)
+        self._layer_norm(x, residual, weight, bias, eps, out, POST_NORM)
+        return residual if out is None else out
+
+    def _layer_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        out: torch.Tensor | None,
+        kind: int,
+    ) -> None:
+        assert weight.dtype is torch.float32
+        assert residual is None or residual.dtype is torch.float32
+        rows, n = x.shape
+        self._library.layer_norm(
+            self._pool,
+            _data(x),
+            None if residual is None else _data(residual),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if out is None else out.data_ptr(),
+            rows,
+            n,
+            eps,
+            DTYPES[x.dtype],
+            kind,
+        )
+
+    def rotary_packed(self, qkv: torch.Tensor, cos_sin: torch.Tensor, sequences: PackedSequences, d: int) -> None:
+        tokens, width = qkv.shape
+        self._library.rotary_packed(
+            self._pool,
+            _data(qkv),
+            _data(cos_sin),
+            _data(sequences.positions),
+            tokens,
+            width // (3 * d),
+            d,
+            DTYPES[qkv.dtype],
+        )
+
+    def packed_attention(
+        self,
+        qkv: torch.Tensor,
+        sequences: PackedSequences,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+        relative_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tokens, width = qkv.shape
+        out = torch.empty((tokens, width // 3), dtype=qkv.dtype)
+        bias_span = 0 if relative_bias is None else (relative_bias.shape[1] + 1) // 2
+        assert relative_bias is None or sequences.max_seq_len <= bias_span
+        self._library.packed_attention(
+            self._pool,
+            _data(qkv),
+            _data(sequences.cu_seqlens),
+            sequences.cu_seqlens.shape[0] - 1,
+            width // (3 * head_dim),
+            head_dim,
+            scale,
+            window,
+            None if relative_bias is None else _data(relative_bias),
+            bias_span,
+            DTYPES[qkv.dtype],
+            out.data_ptr(),
+        )
+        return out
+
+    def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        num_seqs, n = cu_seqlens.shape[0] - 1, x.shape[1]
+        out = torch.empty((num_seqs, n), dtype=torch.float32)
+        self._library.segment_sum(
+            self._pool, _data(x), _data(weights), _data(cu_seqlens), num_seqs, n, DTYPES[x.dtype], out.data_ptr()
+        )
         return out
 
     def rotary_and_cache(
@@ -241,15 +342,6 @@ def _data(tensor: torch.Tensor) -> int:
 
 
 def _dtype_of(tensor: torch.Tensor) -> int:
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise ValueError(f"The CPU kernels compute in float32 or bfloat16, not {tensor.dtype}: choose --dtype.")
-    return _DTYPES[tensor.dtype]
-
-
-def _check_spec(spec: KVCacheSpec) -> None:
-    if spec.dtype not in _DTYPES:
-        raise ValueError(f"The CPU kernels keep keys and values in float32 or bfloat16, not {spec.dtype}.")
-    if spec.head_dim % 16 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"The CPU kernels need a head_dim that is a multiple of 16 up to 256, not {spec.head_dim}.")
-    if spec.block_size % 16 or spec.block_size <= 0:
-        raise ValueError(f"The CPU kernels need a block_size that is a multiple of 16, not {spec.block_size}.")
+    return DTYPES[tensor.dtype]

@@ -103,3 +103,34 @@ EXPORT void llm_rotary_and_cache(Pool *pool, const void *qkv, const float *cos_s
     }
     pool_run(pool, rotary_tile, &job, (int)((meta->num_tokens + TILE_TOKENS - 1) / TILE_TOKENS));
 }
+
+typedef struct {
+    char *qkv;
+    const float *cos_sin;
+    const int64_t *positions;
+    int64_t tokens, heads, d;
+    int dtype;
+} RotaryPacked;
+
+INLINE void rotate_packed(const RotaryPacked *job, int64_t token, int dtype) {
+    _Alignas(64) float head[MAX_HEAD_DIM];
+    const float *cos_sin = job->cos_sin + job->positions[token] * job->d;
+    for (int64_t h = 0; h < 2 * job->heads; h++) {
+        int64_t at = (token * 3 * job->heads + h) * job->d;
+        rotate_head(job->qkv, at, NULL, cos_sin, job->d, 0, dtype, head);
+        for (int64_t i = 0; i < job->d; i += VL) vf_put(job->qkv, at + i, dtype, vf_load(head + i));
+    }
+}
+static void rotary_packed_tile(const void *arg, int tile) {
+    const RotaryPacked *job = arg;
+    for (int64_t t = tile * TILE_TOKENS; t < (tile + 1) * TILE_TOKENS && t < job->tokens; t++)
+        job->dtype == F32 ? rotate_packed(job, t, F32) : rotate_packed(job, t, BF16);
+}
+
+/* Rotates q and k of qkv [tokens, 3, heads, d] in place. */
+EXPORT void llm_rotary_packed(Pool *pool, void *qkv, const float *cos_sin, const int64_t *positions, int64_t tokens,
+                              int64_t heads, int64_t d, int dtype) {
+    RotaryPacked job = {.qkv = qkv, .cos_sin = cos_sin, .positions = positions, .tokens = tokens, .heads = heads,
+                        .d = d, .dtype = dtype};
+    pool_run(pool, rotary_packed_tile, &job, (int)((tokens + TILE_TOKENS - 1) / TILE_TOKENS));
+}

@@ -32,12 +32,13 @@ class PoolingBackend(Backend):
 
     def load(self, model: ModelContext) -> None:
         """Reads the Hugging Face folder that the version is. Raises ModelLoadError."""
-        _step_back(_niceness(model))  # before torch is imported: its threads are as nice as who starts them
         from llmserve.worker.pooling_runner import PoolingRunner
 
         config = read_pooling_config(model.version_path)
         weight_format = model.parameter("weight_format", "auto")
+        niceness = _niceness(model)
         self._runner = PoolingRunner.load(model.version_path, config, weight_format, model.num_threads)
+        _step_back(niceness)
 
     def execute(self, batch: Batch) -> Sequence[Response]:
         """One row a text, or for `token_embed` one a token."""
@@ -56,7 +57,9 @@ def _niceness(model: ModelContext) -> int:
 
 
 def _step_back(niceness: int) -> None:
-    """Where the system shares the cores among sessions first (autogroup), the session must be nice too."""
-    os.nice(niceness)
-    with contextlib.suppress(OSError):
+    """All threads, and those they will start, leave the cores to others. Loading was as urgent as anything."""
+    for thread in os.listdir("/proc/self/task") if Path("/proc/self/task").is_dir() else ():
+        with contextlib.suppress(OSError):  # it has just ended
+            os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+    with contextlib.suppress(OSError):  # where the system shares the cores among sessions first, the session too
         Path("/proc/self/autogroup").write_text(str(niceness))

@@ -64,6 +64,15 @@ GGUF_ARCHITECTURES: dict[str, str] = {  # llama.cpp files Mistral under "llama"
 }
 
 
+def causal_name(name: str) -> str:
+    """The architecture whose layers a class without the language model's head has: Qwen3ForCausalLM of Qwen3Model."""
+    for suffix in ("Model", "ForSequenceClassification"):
+        causal = f"{name.removesuffix(suffix)}ForCausalLM"
+        if name.endswith(suffix) and causal in ARCHITECTURES:
+            return causal
+    return name
+
+
 def find_architecture(name: str, where: str) -> Architecture:
     """The row of `name`; `where` is the file that asks for it. Raises ModelLoadError listing what is supported."""
     if name not in ARCHITECTURES:

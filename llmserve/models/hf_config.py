@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmserve.errors import ModelLoadError
 from llmserve.json_fields import JsonFields, read_json
-from llmserve.models.architectures import ARCHITECTURES, Architecture, find_architecture
+from llmserve.models.architectures import ARCHITECTURES, Architecture, causal_name, find_architecture
 from llmserve.models.config import Activation, ModelConfig, RopeConfig, yarn_magnitude
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -32,7 +32,8 @@ def config_from_folder(folder: Path) -> ModelConfig:
         raise ModelLoadError(
             f"{path}: 'architectures' must be a list with one name. Supported: {', '.join(sorted(ARCHITECTURES))}."
         )
-    row = find_architecture(names[0], str(path))
+    architecture = causal_name(names[0])
+    row = find_architecture(architecture, str(path))
     _refuse_unsupported(fields)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
@@ -45,7 +46,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         )
     rope, rope_local = _ropes(fields, row)
     return ModelConfig(
-        architecture=names[0],
+        architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,

@@ -19,9 +19,10 @@ class LlamaModel:
         embedding: torch.Tensor,
         layers: list[DecoderLayer],
         final_norm: torch.Tensor,
-        lm_head: LinearWeight,
+        lm_head: LinearWeight | None,
     ) -> None:
-        """embedding [vocab, hidden]; final_norm float32 [hidden]; lm_head [vocab, hidden]."""
+        """embedding [vocab, hidden]; final_norm float32 [hidden]; lm_head [vocab, hidden], or some rows of it, or none
+        of a model that only embeds."""
         self.config = config
         self.num_layers = config.num_layers
         self._ops = ops
@@ -41,9 +42,10 @@ class LlamaModel:
     @property
     def nbytes(self) -> int:
         """Memory the weights take, norms included."""
-        packed = [linear.nbytes for layer in self._layers for linear in layer.linears] + [self._lm_head.nbytes]
+        packed = [linear.nbytes for layer in self._layers for linear in layer.linears]
         norms = [norm.nbytes for layer in self._layers for norm in layer.norms] + [self._next_norms[-1].nbytes]
-        return self._embedding.nbytes + sum(packed) + sum(norms)
+        head_bytes = 0 if self._lm_head is None else self._lm_head.nbytes
+        return self._embedding.nbytes + sum(packed) + head_bytes + sum(norms)
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +70,7 @@ class LlamaModel:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [r, hidden], the rows to be sampled -> float32 [r, vocab]."""
+        assert self._lm_head is not None
         logits = self._ops.linear(hidden, self._lm_head, torch.float32)
         cap = self.config.logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap else logits

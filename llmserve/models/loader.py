@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from llmserve.errors import ModelLoadError
 from llmserve.kernels.ops import LinearWeight, Ops
 from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS
 from llmserve.models.config import ModelConfig, RopeConfig
@@ -37,22 +38,39 @@ def load_model(
     formats: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     max_model_len: int | None = None,
+    head_token_ids: tuple[int, ...] | None = None,
 ) -> LlamaModel:
     """Loads the weights of an opened source whose configuration is `config`.
 
     Memory never holds more than the model, its largest fused parameter, and a slice being quantised or dequantised.
     `formats` is that of each `LinearParameter` by name, "dense" if None; one of GGUF's must be the type of all its
     parts, but "q8_0" can be made of any. Embeddings and norms stay dense, norms in float32. `max_model_len` bounds
-    the positions; the model's own maximum if None. Raises ModelLoadError, naming file and tensor, for a type that
-    cannot be dequantised.
+    the positions; the model's own maximum if None. Where `head_token_ids` are given, only these rows of the output head
+    are kept, dense. Raises ModelLoadError, naming file and tensor, for a type that cannot be dequantised.
     """
     reader = _ParameterReader(source, config, dtype, device, ops, formats or {}, progress)
     tables = _cos_sin_tables(config, max_model_len or config.max_position_embeddings, device)
     embedding = reader.matrix([EMBEDDING])
     layers = [_load_layer(reader, config, ops, layer, tables) for layer in range(config.num_layers)]
     final_norm = reader.norm(FINAL_NORM)
-    lm_head = reader.linear(LM_HEAD.removesuffix(".weight"), embedding if config.tie_word_embeddings else None)
+    dense_head = embedding if config.tie_word_embeddings else None
+    if head_token_ids is None:
+        lm_head: LinearWeight | None = reader.linear(LM_HEAD.removesuffix(".weight"), dense_head)
+    else:
+        lm_head = _partial_head(reader, ops, head_token_ids, dense_head)
     return LlamaModel(config, ops, embedding, layers, final_norm, lm_head)
+
+
+def _partial_head(
+    reader: _ParameterReader, ops: Ops, token_ids: tuple[int, ...], dense: torch.Tensor | None
+) -> LinearWeight | None:
+    """These rows of the output head; None if there are none."""
+    if not token_ids:
+        return None
+    head = dense if dense is not None else reader.matrix([LM_HEAD])
+    if max(token_ids) >= len(head):
+        raise ModelLoadError(f"The token id {max(token_ids)} is outside the vocabulary of {len(head)}.")
+    return ops.pack_linear(head[list(token_ids)].clone())
 
 
 class _ParameterReader:
@@ -96,7 +114,7 @@ class _ParameterReader:
         names = [f"{part}.weight" for part in linear.parts]
         weights, block_bytes = GGUF_FORMATS[fmt]
         shape = (linear.out_features, linear.in_features // weights * block_bytes)
-        stacked = _allocate(shape, torch.uint8, self._device)
+        stacked = allocate(shape, torch.uint8, self._device)
         for name, part in zip(names, torch.split(stacked, [self._source.shapes[n][0] for n in names]), strict=True):
             self._source.read_raw(name, part)
             self._report(name)
@@ -105,7 +123,7 @@ class _ParameterReader:
     def matrix(self, names: list[str]) -> torch.Tensor:
         """The named tensors stacked along their first dimension."""
         shapes = [self._source.shapes[name] for name in names]
-        stacked = _allocate((sum(shape[0] for shape in shapes), *shapes[0][1:]), self._dtype, self._device)
+        stacked = allocate((sum(shape[0] for shape in shapes), *shapes[0][1:]), self._dtype, self._device)
         for name, part in zip(names, torch.split(stacked, [shape[0] for shape in shapes]), strict=True):
             self._read(name, part)
         return stacked
@@ -129,7 +147,7 @@ class _ParameterReader:
             self._progress(self._done_bytes, self._total_bytes)
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An empty tensor. On a CPU it lies in a mapping of its own, which goes back to the system the moment the packed
     form has replaced it; malloc would keep the holes, a third of a small model."""
     if device.type != "cpu":

@@ -62,7 +62,7 @@ class PreparedModel:
 
 def prepare_model(config: EngineConfig) -> PreparedModel:
     """Reads the model's description and plans. Raises ConfigError, ModelLoadError, InsufficientMemoryError."""
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or usable_cores())
     path = Path(config.model)
@@ -91,7 +91,8 @@ def _plan_weights(model: ModelConfig, formats: dict[str, str], dtype: torch.dtyp
     return WeightPlan(describe_formats(model, formats), weight_bytes(model, dtype.itemsize, linear_bytes))
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is any. Raises ConfigError where it is asked for and missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -107,9 +108,10 @@ def _choose_dtype(name: str, model_dtype: str, device: torch.device) -> torch.dt
         return _DTYPES[name]
     dtype = _DTYPES.get(model_dtype, torch.float32)
     if device.type == "cpu" and dtype != torch.float32:
-        return torch.bfloat16 if _cpu_computes_bf16() else torch.float32
+        return torch.bfloat16 if cpu_computes_bf16() else torch.float32
     return dtype
 
 
-def _cpu_computes_bf16() -> bool:
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16."""
     return bool(torch.cpu._is_avx512_bf16_supported()) if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False

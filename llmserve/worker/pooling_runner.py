@@ -2,96 +2,115 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 
-from llmserve.errors import ModelLoadError
-from llmserve.json_fields import read_json
+from llmserve.kernels.ops import PackedSequences
 from llmserve.pooling_config import PoolingConfig
+from llmserve.worker.pooling_loader import LoadedModel, load_pooling_model
 
 PoolingTask = Literal["embed", "token_embed", "classify"]
+Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
+
+# Of one forward pass: its activations should stay in the caches of a CPU. A longer sequence goes alone.
+_MAX_TOKENS = {"cpu": 1024, "cuda": 32768}
+_MAX_SEQS = {"cpu": 256, "cuda": 2048}
 
 
 class PoolingRunner:
-    """One model on one device. `run` may be called by one thread at a time."""
+    """One model on one device. `run` may be called by one thread at a time.
 
-    def __init__(self, config: PoolingConfig, fields: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    A sequence's result is the same to the bit, whatever stands beside it in the batch.
+    """
+
+    def __init__(self, config: PoolingConfig, loaded: LoadedModel) -> None:
         self.config = config
-        self._fields = fields
-        self._weights = weights
+        self.device = loaded.device
+        self.weight_format = loaded.weight_format  # what "auto" became
+        self._loaded = loaded
+        self._max_tokens = _MAX_TOKENS[loaded.device.type]
+        self._max_seqs = _MAX_SEQS[loaded.device.type]
 
     @classmethod
     def load(
-        cls, folder: Path, config: PoolingConfig, weight_format: str = "auto", num_threads: int | None = None
+        cls,
+        folder: Path,
+        config: PoolingConfig,
+        weight_format: str = "auto",
+        num_threads: int | None = None,
+        device: str = "auto",
     ) -> PoolingRunner:
-        """`weight_format` is "auto", "float32", "bfloat16", "q8_0" or "int8". Raises ModelLoadError, ConfigError."""
-        if config.architecture != "BertModel":
-            raise ModelLoadError(
-                f"{folder / 'config.json'}: the architecture {config.architecture!r} is not supported."
-            )
-        weights = {k.removeprefix("bert."): v for k, v in load_file(folder / "model.safetensors").items()}
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-        return cls(config, read_json(folder / "config.json").values, weights)
+        """`weight_format` is "auto", "float32", "bfloat16", "float16" (not on a CPU), "q8_0" or "int8"; `num_threads`
+        is for a CPU. Raises ModelLoadError, ConfigError."""
+        kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+        max_tokens = max(_MAX_TOKENS[kind], config.max_model_len)
+        loaded = load_pooling_model(folder, config, weight_format, num_threads, device, max_tokens, _MAX_SEQS[kind])
+        return cls(config, loaded)
 
     @torch.inference_mode()
     def run(
         self,
-        token_ids: npt.NDArray[np.int32],
+        token_ids: Int32Array,
         token_type_ids: npt.NDArray[np.uint8] | None,
-        cu_seqlens: npt.NDArray[np.int32],
+        cu_seqlens: Int32Array,
         task: PoolingTask,
+        num_prompt_tokens: Int32Array | None = None,
     ) -> FloatArray:
-        """Packed sequences: i owns token_ids[cu_seqlens[i]:cu_seqlens[i+1]], of at least one token and at most
-        `config.max_model_len`.
+        """Packed sequences: i owns token_ids[cu_seqlens[i]:cu_seqlens[i + 1]], of at least one token and at most
+        `config.max_model_len`. No token_type_ids are all zero. Where `config.include_prompt` is false,
+        num_prompt_tokens [n] tells how many tokens of each sequence, from its first, the pooling leaves out.
 
         "embed": [n, dimension], pooled and through the dense layers, not normalised; "token_embed": [tokens,
-        hidden_size]; "classify": logits [n, labels].
+        hidden_size]; "classify", of a model of kind "score" or "classify": logits [n, labels].
         """
-        bounds = cu_seqlens.tolist()
-        types = token_type_ids if token_type_ids is not None else np.zeros_like(token_ids)
-        hidden = torch.cat(
-            [
-                self._forward(
-                    torch.from_numpy(token_ids[a:b].astype(np.int64)),
-                    torch.from_numpy(types[a:b].astype(np.int64)),
-                )
-                for a, b in pairwise(bounds)
-            ]
-        )
-        if task == "token_embed":
-            return hidden.numpy()
-        return torch.stack([hidden[a:b].mean(0) for a, b in pairwise(bounds)]).numpy()
-
-    def _forward(self, ids: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        w, size, eps = self._weights, self._fields["hidden_size"], self._fields["layer_norm_eps"]
-        e = "embeddings."
-        x = w[e + "word_embeddings.weight"][ids] + w[e + "token_type_embeddings.weight"][types]
-        x = x + w[e + "position_embeddings.weight"][: len(ids)]
-        x = F.layer_norm(x, (size,), w[e + "LayerNorm.weight"], w[e + "LayerNorm.bias"], eps)
-        for layer in range(self._fields["num_hidden_layers"]):
-            p = f"encoder.layer.{layer}."
-
-            def linear(name: str, t: torch.Tensor, p: str = p) -> torch.Tensor:
-                return F.linear(t, w[f"{p}{name}.weight"], w[f"{p}{name}.bias"])
-
-            heads = self._fields["num_attention_heads"]
-            q, k, v = (
-                linear(f"attention.self.{n}", x).view(len(ids), heads, -1).transpose(0, 1)
-                for n in ("query", "key", "value")
+        assert len(cu_seqlens) > 1
+        assert cu_seqlens[-1] == len(token_ids)
+        types = token_type_ids if self.config.num_token_types > 1 else None
+        parts = []
+        for first, last in self._chunks(cu_seqlens):
+            start, stop = cu_seqlens[first], cu_seqlens[last]
+            hidden, sequences = self._forward(
+                token_ids[start:stop],
+                None if types is None else types[start:stop],
+                cu_seqlens[first : last + 1] - start,
             )
-            a = F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).reshape(len(ids), size)
-            n = f"{p}attention.output.LayerNorm."
-            x = F.layer_norm(x + linear("attention.output.dense", a), (size,), w[n + "weight"], w[n + "bias"], eps)
-            n = f"{p}output.LayerNorm."
-            h = linear("output.dense", F.gelu(linear("intermediate.dense", x)))
-            x = F.layer_norm(x + h, (size,), w[n + "weight"], w[n + "bias"], eps)
-        return x
+            if task == "token_embed":
+                parts.append(hidden.float())
+                continue
+            scorer = self._loaded.embed if task == "embed" else self._loaded.classify
+            assert scorer is not None
+            prompts = None if num_prompt_tokens is None else self._int64(num_prompt_tokens[first:last])
+            parts.append(scorer.forward(hidden, sequences, prompts))
+        whole: FloatArray = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+        return whole
+
+    def _chunks(self, cu_seqlens: Int32Array) -> Iterator[tuple[int, int]]:
+        """Runs of sequences [first, last) within the limits of one forward pass."""
+        first, num_seqs = 0, len(cu_seqlens) - 1
+        while first < num_seqs:
+            fitting = int(np.searchsorted(cu_seqlens, cu_seqlens[first] + self._max_tokens, side="right")) - 1
+            last = min(max(fitting, first + 1), first + self._max_seqs)
+            yield first, last
+            first = last
+
+    def _forward(
+        self, token_ids: Int32Array, token_types: npt.NDArray[np.uint8] | None, cu_seqlens: Int32Array
+    ) -> tuple[torch.Tensor, PackedSequences]:
+        lengths = np.diff(cu_seqlens)
+        positions = np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+        sequences = PackedSequences(
+            cu_seqlens=torch.from_numpy(cu_seqlens).to(self.device),
+            positions=torch.from_numpy(positions).to(self.device),
+            max_seq_len=int(lengths.max()),
+        )
+        types = None if token_types is None else self._int64(token_types)
+        return self._loaded.model.forward(self._int64(token_ids), types, sequences), sequences
+
+    def _int64(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self.device)

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType, quants
 from llmserve.kernels.cpu.build import build_library, host_isas
 from llmserve.kernels.cpu.library import Library
 from llmserve.kernels.cpu.ops import CPUOps
-from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, SamplingTensors
+from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, PackedSequences, SamplingTensors
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=alignment", "-O1", "-g1")
 
@@ -67,6 +67,25 @@ def run_rows(ops: CPUOps, dtype: torch.dtype) -> None:
         ops.gelu_and_mul(torch.randn(rows, 2 * width).to(dtype))
 
 
+def run_encoder(ops: CPUOps, dtype: torch.dtype) -> None:
+    for rows, width in ((1, 1), (3, 17), (40, 1030)):
+        x, weight = torch.randn(rows, width).to(dtype), torch.randn(width)
+        ops.layer_norm(x, weight, None, 1e-5)
+        ops.add_layer_norm(x, x.to(torch.float32, copy=True), weight, weight, 1e-5)
+        ops.post_layer_norm(x, x.to(torch.float32, copy=True), weight, weight, 1e-5)
+        ops.gelu_erf_and_mul(torch.randn(rows, 2 * width).to(dtype))
+        for activation in ("gelu", "gelu_tanh", "silu", "relu", "tanh", "sigmoid"):
+            ops.activate(x, activation)
+        ops.segment_sum(x, torch.rand(rows), torch.tensor([0, rows], dtype=torch.int32))
+    lengths = [1, 17, 130, 64, 3]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    sequences = PackedSequences(torch.tensor([0, *lengths]).cumsum(0).int(), positions, max(lengths))
+    for window, bias in ((0, None), (9, None), (0, torch.randn(2, 2 * 130 - 1))):
+        qkv = torch.randn(len(positions), 3 * 2 * 48).to(dtype)
+        ops.rotary_packed(qkv, torch.randn(130, 48), sequences, 48)
+        ops.packed_attention(qkv, sequences, 48, 0.1, window, bias)
+
+
 def run_sampling(ops: CPUOps) -> None:
     for vocab in (1, 17, 1000):
         rows = 5
@@ -90,6 +109,7 @@ def main() -> None:
             run_rows(ops, dtype)
             run_linear(ops, dtype)
             run_attention(ops, dtype)
+            run_encoder(ops, dtype)
         run_sampling(ops)
         library.close()
 
