@@ -1,12 +1,20 @@
-"""Fixtures every room's tests may use."""
+"""Fixtures every room's tests may use, and where the tests run: on the CPU, but for those marked `gpu`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from llmserve.repository import embedded
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports torch or triton: without `-m gpu` there is no GPU, and Triton's kernels are interpreted."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
