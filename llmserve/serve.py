@@ -1,8 +1,8 @@
 """`llmserve serve`: gets the models, starts an engine for each and the HTTP server before them, ends them in order.
 
 The one place where the rooms are wired together. HTTP answers from the first moment (`/ready` says 503 while models
-load); on SIGTERM or Ctrl-C no new connection is taken, requests in flight finish within the drain time, then the
-engines end. A second signal ends it at once.
+load). On SIGTERM or Ctrl-C the server is not ready any more and answers new requests with 503, those in flight finish
+within the drain time, then the engines end. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -68,28 +69,47 @@ class _Server:
             config.repository, server, self._models, self._api, self._entrance, _by_name(pooling)
         )
         self._started = time.monotonic()
+        self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         for entry, source in self._sources:
             self._open(entry, source)
-        http = self._http_server()
+        loop = asyncio.get_running_loop()
+        http = self._http_server(lambda: loop.call_soon_threadsafe(begin_drain))
         # uvicorn takes over both signals, and raises them again once it is done: then the engines end by themselves
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         serving = asyncio.create_task(http.serve(sockets=[self._listener]), name="http")
         loading = asyncio.create_task(self._load(), name="load")
         loading.add_done_callback(lambda task: _stop_if_failed(task, http))
+
+        def begin_drain() -> None:
+            self._draining = asyncio.create_task(self._drain(http, loading), name="drain")
+
         try:
             await serving
         finally:
             loading.cancel()
+            if self._draining is not None:
+                self._draining.cancel()
+            if http.force_exit:
+                await http.drop_connections()
             # HTTP is over: what is still in flight has nobody to read it
             grace_s = 0.0 if http.force_exit else _ENGINE_GRACE_S
-            ends = [llm.shutdown(drain=False, timeout_s=grace_s) for llm in self._models.llms]
-            await asyncio.gather(self._general.stop(grace_s), *ends)
+            await asyncio.gather(self._general.stop(grace_s), *(llm.shutdown(grace_s) for llm in self._models.llms))
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
         return 0
+
+    async def _drain(self, http: _HttpServer, loading: asyncio.Task[None]) -> None:
+        """Takes nothing new, and ends HTTP once all that is in flight has been answered. Until then it says so."""
+        drain_s = self._config.server.drain_timeout_s
+        end_s = time.monotonic() + drain_s
+        logger.info("Draining: not ready any more; requests in flight may take %.0f s to finish", drain_s)
+        loading.cancel()
+        self._general.plane.begin_drain()
+        await asyncio.gather(self._general.stop(drain_s), *(llm.drain(drain_s) for llm in self._models.llms))
+        http.finish(end_s - time.monotonic())
 
     def _fetch(self, name: str) -> ModelSource:
         with self._display.fetching(name) as progress:
@@ -136,10 +156,10 @@ class _Server:
         scheme = "https" if self._config.door.tls_certificate else "http"
         self._display.ready(f"{scheme}://{host}:{port}", general.result(), names, time.monotonic() - self._started)
 
-    def _http_server(self) -> _HttpServer:
+    def _http_server(self, on_signal: Callable[[], object]) -> _HttpServer:
         general = self._general
         app = create_app(self._models, self._api, self._metrics, general.plane, general.pooling, self._entrance)
-        return _HttpServer(self._entrance.http_config(app, self._config.server.drain_timeout_s))
+        return _HttpServer(self._entrance.http_config(app, self._config.server.drain_timeout_s), on_signal)
 
 
 def _by_name(pooling: list[tuple[ModelConfigEntry, ModelSource]]) -> dict[str, Path]:
@@ -155,11 +175,33 @@ def _by_name(pooling: list[tuple[ModelConfigEntry, ModelSource]]) -> dict[str, P
 
 
 class _HttpServer(uvicorn.Server):
-    """The first signal drains, any second one ends it at once (uvicorn takes only a second SIGINT for that)."""
+    """The first signal is passed on, so that requests are still answered while the server drains; any second one ends
+    it at once. (uvicorn would take no connection from the first on, and only SIGINT for a second.)"""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+        self._was_signalled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
+        if self._was_signalled:
+            self.force_exit = self.should_exit = True
+        else:
+            self._was_signalled = True
+            self._on_signal()
+
+    def finish(self, timeout_s: float) -> None:
+        """Takes no more connections; those whose answers are still being read get `timeout_s` seconds."""
+        self.config.timeout_graceful_shutdown = max(1, int(timeout_s))
         self.should_exit = True
+
+    async def drop_connections(self) -> None:
+        """Closes them as if the clients had gone: their requests end quietly, each by its own way out."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_ENGINE_GRACE_S)
 
 
 def _stop_if_failed(loading: asyncio.Task[None], http: uvicorn.Server) -> None:

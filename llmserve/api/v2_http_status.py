@@ -16,8 +16,11 @@ async def live(call: HttpCall, plane: DataPlane) -> HttpAnswer:
 
 
 async def ready(call: HttpCall, plane: DataPlane) -> HttpAnswer:
-    """200 or 400."""
-    return _health({"ready": plane.server_ready()}, plane.server_ready())
+    """200 or 400. The reasons are ours: the protocol has no place for them, and forbids none."""
+    if plane.server_ready():
+        return _health({"ready": True}, True)
+    reasons = plane.unready_reasons()
+    return _health({"ready": False, "reasons": reasons} if reasons else {"ready": False}, False)
 
 
 async def model_ready(call: HttpCall, plane: DataPlane) -> HttpAnswer:
@@ -25,7 +28,10 @@ async def model_ready(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     is_ready = plane.model_ready(call.model, call.version)
     if is_ready:
         return _health({"name": call.model, "ready": True}, True)
-    return _health({"error": "Model version not ready"}, False)
+    body: dict[str, object] = {"error": "Model version not ready"}
+    if reason := plane.model_unready_reason(call.model, call.version):
+        body["reason"] = reason
+    return _health(body, False)
 
 
 async def server_metadata(call: HttpCall, plane: DataPlane) -> HttpAnswer:

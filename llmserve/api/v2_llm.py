@@ -50,8 +50,13 @@ class LanguageModel:
 
     @property
     def ready(self) -> bool:
-        """Loaded, and taking requests."""
+        """Loaded, and running requests."""
         return self._generator.is_ready()
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; empty when it is."""
+        return self._generator.reason
 
     def statistics(self) -> ModelStatistics:
         """Its requests over this protocol; the LLM's own metrics say far more."""

@@ -69,9 +69,13 @@ class LLM:
         self.metrics.set_cache_config(plan.block_size, plan.num_blocks, plan.dtype, self._prefix_caching)
         return ready
 
-    async def shutdown(self, drain: bool = True, timeout_s: float = 30.0) -> None:
-        """Ends the engine; requests still in flight are finished first if `drain`."""
-        await self.engine.shutdown(drain, timeout_s)
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests; returns when those in flight have finished, or when the time is over."""
+        await self.engine.drain(timeout_s)
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """Ends the engine; requests still in flight fail."""
+        await self.engine.shutdown(timeout_s)
 
     def is_ready(self) -> bool:
         """Loaded, and running requests."""

@@ -173,15 +173,13 @@ class EngineClient:
             if self.state is EngineState.READY and self._outbox is not None:
                 self.state = EngineState.DRAINING
                 self._outbox.send(self._encoder.encode(Shutdown(drain)))
-            else:
-                self.state = EngineState.DRAINING
-                process.kill()  # it loads, and holds nobody's request, or it is no longer ours to talk to
-            try:
-                await asyncio.wait_for(process.wait(), timeout_s)
-            except TimeoutError:
-                logger.warning("the engine did not stop within %.0f s; killing it", timeout_s)
-                process.kill()
-                await process.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), timeout_s)
+                if process.returncode is None:
+                    logger.warning("the engine did not stop within %.0f s; killing it", timeout_s)
+            self.state = EngineState.DRAINING
+            _kill(process)  # it loads, and holds nobody's request, or is late, or no longer ours to talk to
+            await process.wait()
         if process is not None:
             self.exit_status = process.returncode
         self.state = EngineState.DEAD
@@ -251,14 +249,18 @@ class EngineClient:
             return
         self.state = EngineState.DEAD
         self._failure = error
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()  # nobody would read what it says
+        if self._process is not None:
+            _kill(self._process)  # nobody would read what it says
         assert self._ready is not None
         if not self._ready.done():
             self._ready.set_exception(error)
         else:
-            logger.error("%s", error.message)
             self._on_dead(error)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        process.kill()
 
 
 def _error_of(message: EngineFailed) -> LLMServeError:

@@ -131,18 +131,24 @@ class EngineSupervisor:
         )
         self._engine_is_up()
         self._task = asyncio.create_task(self._keep_running(), name=f"supervise {self._name}")
+        self._task.add_done_callback(self._on_task_done)
         return ready
 
-    async def shutdown(self, drain: bool, timeout_s: float) -> None:
-        """Takes no more requests and ends the engine; with `drain`, requests in flight are given `timeout_s` seconds to
-        finish first, in another engine if need be."""
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests; returns when those in flight have finished, in another engine if need be, or when
+        the time is over."""
         self._draining = True
-        if drain and self._requests:
-            self._drained.clear()
-            try:
-                await asyncio.wait_for(self._drained.wait(), timeout_s)
-            except TimeoutError:
-                logger.warning("%s: %d requests are cut off after %.0f s", self._name, len(self._requests), timeout_s)
+        if not self._requests:
+            return
+        self._drained.clear()
+        try:
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
+        except TimeoutError:
+            logger.warning("%s: %d requests are cut off after %.0f s", self._name, len(self._requests), timeout_s)
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """Ends the engine, which gets `timeout_s` seconds for it; what is still in flight fails. Safe to call twice."""
+        self._draining = True
         self.phase = Phase.STOPPED
         if self._guard is not None:
             self._guard.end()
@@ -150,7 +156,7 @@ class EngineSupervisor:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._engine is not None:
-            await self._engine.shutdown(drain=False, timeout_s=0.0 if drain else timeout_s)
+            await self._engine.shutdown(drain=False, timeout_s=timeout_s)
         self._fail(self._requests.ids(), EngineDeadError(f"The model {self._name!r} has been stopped."))
 
     # Requests.
@@ -209,6 +215,13 @@ class EngineSupervisor:
         self._died.set()
 
     # Replacing it.
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        """A fault of ours must not pass for an engine that is about to be back."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s failed", task.get_name(), exc_info=error)
+            self._problem = f"its supervisor failed: {error}"
+            self._give_up()
 
     async def _keep_running(self) -> None:
         while True:

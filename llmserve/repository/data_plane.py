@@ -94,8 +94,13 @@ class DataPlane:
         self._llms = llms
         self.log_settings = LogSettings()
         self._trace = TraceSettings()
+        self._draining = False
 
     # The server.
+
+    def begin_drain(self) -> None:
+        """From here on requests are refused, and the server is not ready; those in flight go on."""
+        self._draining = True
 
     def server_live(self) -> bool:
         """It answers, so it lives."""
@@ -104,7 +109,16 @@ class DataPlane:
     def server_ready(self) -> bool:
         """Whether the models that should serve do, as `strict_readiness` says."""
         strict = self._repository.settings.strict_readiness
-        return self._repository.ready and not (strict and any(not llm.ready for llm in self._llms()))
+        models_ready = self._repository.ready and not (strict and any(not llm.ready for llm in self._llms()))
+        return models_ready and not self._draining
+
+    def unready_reasons(self) -> dict[str, str]:
+        """Why the models that should serve do not, by name; `server`: why none does."""
+        reasons = {"server": "draining"} if self._draining else {}
+        reasons.update((llm.name, llm.reason) for llm in self._llms() if not llm.ready)
+        for model in self._repository.models:
+            reasons.update((model.name, served.reason) for served in model.serving if not served.ready)
+        return reasons
 
     def server_metadata(self) -> ServerMetadata:
         """Name, version, extensions."""
@@ -116,9 +130,17 @@ class DataPlane:
         """False for a model that is not there. Raises InferenceError for a version that is no number."""
         number = parse_version(version)
         try:
-            return self._find(name, number).ready
+            return self._find(name, number).ready and not self._draining
         except InferenceError:
             return False
+
+    def model_unready_reason(self, name: str, version: str = "") -> str:
+        """Why `model_ready` is false. Raises InferenceError for a version that is no number."""
+        number = parse_version(version)
+        try:
+            return self._find(name, number).reason or ("draining" if self._draining else "")
+        except InferenceError as error:
+            return error.message
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """The signature; shapes lead with -1 where the model batches. Raises InferenceError."""
@@ -183,6 +205,8 @@ class DataPlane:
     def infer(self, request: InferRequest) -> ResponseStream:
         """The responses to a request: iterate at once, close to cancel. Raises InferenceError at the call and while
         iterating."""
+        if self._draining:
+            raise InferenceError("the server is draining: send the request elsewhere", InferenceError.UNAVAILABLE)
         served = self._find(request.model_name, parse_version(request.model_version))
         for output in request.outputs:
             if output.classification:
@@ -198,7 +222,7 @@ class DataPlane:
         for llm in self._llms():
             if llm.name not in named:
                 state = VersionState.READY if llm.ready else VersionState.UNAVAILABLE
-                entries.append(IndexEntry(llm.name, str(llm.version), state))
+                entries.append(IndexEntry(llm.name, str(llm.version), state, llm.reason))
         return [entry for entry in entries if not ready or entry.state == VersionState.READY]
 
     async def load(self, name: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:

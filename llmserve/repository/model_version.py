@@ -98,6 +98,11 @@ class Servable(Protocol):
         """Whether a request would be run now."""
         ...
 
+    @property
+    def reason(self) -> str:
+        """Why not; empty when it would."""
+        ...
+
     def infer(self, request: InferRequest) -> ResponseStream:
         """The responses to a request."""
         ...

@@ -45,6 +45,10 @@ class Server:
                 self._ready.set()
         self._ready.set()  # it ended without
 
+    def join(self) -> None:
+        """After its end: all it has said is in `output`."""
+        self._reader.join(10)
+
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 

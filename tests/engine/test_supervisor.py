@@ -124,7 +124,7 @@ def run(
             await house.supervisor.start()
             await use(house)
         finally:
-            await house.supervisor.shutdown(drain=False, timeout_s=5)
+            await house.supervisor.shutdown(timeout_s=5)
         assert asyncio.all_tasks() == tasks
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
@@ -359,7 +359,7 @@ def test_an_engine_command_that_cannot_be_started_is_an_error_that_says_so() -> 
         with pytest.raises(EngineDeadError, match="cannot be started"):
             await supervisor.start()
         assert supervisor.phase is Phase.FAILED
-        await supervisor.shutdown(drain=False, timeout_s=1)
+        await supervisor.shutdown(timeout_s=1)
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -368,7 +368,7 @@ def test_draining_survives_the_death_of_the_engine() -> None:
     async def use(house: House) -> None:
         house.ask("a", 200)
         await house.clients.until(lambda: house.clients.num_tokens() > 5)
-        ending = asyncio.create_task(house.supervisor.shutdown(drain=True, timeout_s=20))
+        ending = asyncio.create_task(house.supervisor.drain(timeout_s=20))
         await asyncio.sleep(0)
         assert not house.supervisor.takes_requests
         assert house.supervisor.reason.startswith("draining")
@@ -383,7 +383,8 @@ def test_what_is_not_finished_when_the_drain_time_is_over_is_told() -> None:
     async def use(house: House) -> None:
         house.ask("a", 4000)
         await house.clients.until(lambda: house.clients.num_tokens() > 5)
-        await house.supervisor.shutdown(drain=True, timeout_s=0.05)
+        await house.supervisor.drain(timeout_s=0.05)
+        await house.supervisor.shutdown(timeout_s=5)
         assert "stopped" in house.clients.failed["a"].message
 
     run(use)

@@ -429,7 +429,7 @@ def test_ordering_of_a_decoupled_model_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_backend_is_named(tmp_path: Path) -> None:
     async def scenario() -> None:
         with pytest.raises(
-            ModelLoadError, match=r"'fortran', which is not installed. Known: onnxruntime, python, pytorch"
+            ModelLoadError, match=r"'fortran', which is not installed. Known: onnxruntime, pooling, python, pytorch"
         ):
             async with running(tmp_path, {"model.py": IDENTITY}, 'backend: "fortran"' + FP32_IO):
                 pass

@@ -35,8 +35,7 @@ TWO = PYTHON + "instance_group [ { count: 2 kind: KIND_CPU } ]"
 
 def model_processes() -> list[psutil.Process]:
     """Children of this process that run a model: other tests' servers are none of ours."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "llmserve.backends.model_process" in _command(child)]
+    return [child for child in psutil.Process().children() if "llmserve.backends.model_process" in _command(child)]
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -145,8 +145,9 @@ def test_health_bodies(fresh_server: V2Server) -> None:
     assert ask("GET", "/v2/health/ready")[1] == {"ready": True}
     assert ask("GET", "/v2/models/echo/ready")[1] == {"name": "echo", "ready": True}
     FakeModel.opened[0].die()
-    assert ask("GET", "/v2/health/ready")[:2] == (400, {"ready": False})
-    assert ask("GET", f"/v2/models/{FakeModel.opened[0].name}/ready")[:2] == (400, {"error": "Model version not ready"})
+    name, reason = FakeModel.opened[0].name, "its process ended"
+    assert ask("GET", "/v2/health/ready")[:2] == (400, {"ready": False, "reasons": {name: reason}})
+    assert ask("GET", f"/v2/models/{name}/ready")[:2] == (400, {"error": "Model version not ready", "reason": reason})
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", ""])

@@ -50,6 +50,13 @@ class Scripted:
     def is_ready(self) -> bool:
         return not self.is_dead
 
+    def takes_requests(self) -> bool:
+        return not self.is_dead
+
+    @property
+    def reason(self) -> str:
+        return "failed: killed" if self.is_dead else ""
+
     def generate(self, request_id: str, spec: GenerationSpec) -> Scripted:
         self.specs.append(spec)
         return self
@@ -176,8 +183,17 @@ def test_it_stands_in_the_index_and_has_a_signature(llm: Harness) -> None:
 
 def test_a_dead_engine(llm: Harness) -> None:
     llm.generator.is_dead = True
-    assert llm.ask("health/ready", method="GET") == (400, {"ready": False})
-    assert llm.ask("repository/index", {})[1][0]["state"] == "UNAVAILABLE"
+    assert llm.ask("health/ready", method="GET") == (
+        400,
+        {"ready": False, "reasons": {"llm": "failed: killed"}},
+    )
+    assert llm.ask("models/llm/ready", method="GET")[1]["reason"] == "failed: killed"
+    assert llm.ask("repository/index", {})[1][0] == {
+        "name": "llm",
+        "version": "1",
+        "state": "UNAVAILABLE",
+        "reason": "failed: killed",
+    }
     assert llm.ask("models/llm/generate", {"text_input": "hi"}) == (503, {"error": "the engine has died"})
     _, statistics = llm.ask("models/llm/stats", method="GET")
     assert statistics["model_stats"][0]["inference_stats"]["fail"]["count"] == 1

@@ -1,0 +1,168 @@
+"""A real server whose engine is killed and stopped under streams: every client gets what it would have got anyway."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+MODEL = "smollm2-135m-instruct"
+STORY = "Once upon a time there was a"
+
+# What each client asks for. Together: greedy, seeded, penalties, several answers, log-probabilities, a scored and
+# echoed prompt, and a stop string of whose beginning the answer is full.
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0, "extra_body": {"ignore_eos": True}},
+    "seeded": {"temperature": 1.2, "seed": 11, "extra_body": {"ignore_eos": True}},
+    "penalties": {
+        "temperature": 0.9,
+        "seed": 12,
+        "frequency_penalty": 0.6,
+        "presence_penalty": 0.4,
+        "extra_body": {"repetition_penalty": 1.1, "min_tokens": 60, "top_k": 50},
+    },
+    "four": {"temperature": 1.0, "seed": 13, "n": 4, "extra_body": {"ignore_eos": True}},
+    "logprobs": {"temperature": 0, "logprobs": 3, "extra_body": {"ignore_eos": True}},
+    "echo": {"temperature": 0, "echo": True, "logprobs": 1, "extra_body": {"ignore_eos": True}},
+    "stop": {"temperature": 1.0, "seed": 14, "stop": [" the queen of the sea"], "extra_body": {"ignore_eos": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Callable[..., Any], smollm2_path: Path) -> Any:
+    server = start_server("--kv-cache-memory", "128MiB", "--stall-timeout-s", "1.5")
+    assert server.url, server.output
+    return server
+
+
+class Client(threading.Thread):
+    """Streams one completion and keeps all it is told, choice by choice."""
+
+    def __init__(self, server: Any, asked: dict[str, Any], max_tokens: int = 160) -> None:
+        super().__init__(daemon=True)
+        self.said: dict[int, list[Any]] = {}
+        self.num_events = 0
+        self.failure: Exception | None = None
+        self.reached = threading.Event()  # it is in the middle of its answer
+        self._client = server.client()
+        self._asked = asked
+        self._max_tokens = max_tokens
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self._client.completions.create(
+                model=MODEL, prompt=STORY, max_tokens=self._max_tokens, stream=True, **self._asked
+            ) as stream:
+                for event in stream:
+                    self._take(event)
+        except (openai.APIError, httpx.HTTPError) as error:
+            self.failure = error
+        finally:
+            self.reached.set()
+
+    def _take(self, event: Any) -> None:
+        for choice in event.choices:
+            logprobs = choice.logprobs.model_dump() if choice.logprobs else None
+            self.said.setdefault(choice.index, []).append((choice.text, logprobs, choice.finish_reason))
+        self.num_events += 1
+        if self.num_events >= 30:
+            self.reached.set()
+
+    def answer(self) -> dict[int, tuple[str, list[Any], list[Any]]]:
+        """By choice: the text, every log-probability, every finish reason; however it was cut into events."""
+        self.join(90)
+        assert not self.is_alive()
+        assert self.failure is None
+        whole = {}
+        for index, parts in self.said.items():
+            scores = [
+                entry
+                for _, logprobs, _ in parts
+                if logprobs is not None
+                for entry in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+            ]
+            whole[index] = ("".join(text for text, _, _ in parts), scores, [r for _, _, r in parts if r])
+        return whole
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Any) -> dict[str, Any]:
+    clients = {name: Client(server, asked) for name, asked in REQUESTS.items()}
+    return {name: client.answer() for name, client in clients.items()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_go_on_in_another_engine(server: Any, undisturbed: dict[str, Any], how: signal.Signals) -> None:
+    restarts = server.metric("llmserve:engine_restarts_total")
+    clients = {name: Client(server, asked) for name, asked in REQUESTS.items()}
+    for client in clients.values():
+        client.reached.wait(60)
+    old = server.engines()[0]
+    old.send_signal(how)
+    for name, client in clients.items():
+        assert client.answer() == undisturbed[name], name
+    assert server.metric("llmserve:engine_restarts_total") == restarts + 1
+    assert server.metric("llmserve:requests_resubmitted_total") >= 7
+    assert server.metric("llmserve:engine_stalls_total") == (how is signal.SIGSTOP)
+    assert server.metric("llmserve:kv_cache_usage_perc") == 0
+    assert not old.is_running()
+    assert len(server.engines()) == 1
+
+
+def test_it_is_not_ready_while_the_engine_is_replaced_but_alive_and_takes_requests(
+    server: Any, undisturbed: dict[str, Any]
+) -> None:
+    server.engines()[0].kill()
+    late = None
+    for _ in range(500):
+        ready = httpx.get(f"{server.url}/ready")
+        if ready.status_code == 503:
+            assert "signal 9" in ready.json()["reasons"][MODEL]
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert httpx.get(f"{server.url}/v2/health/ready").status_code == 400
+            late = Client(server, REQUESTS["seeded"])
+            break
+    assert late is not None
+    assert late.answer() == undisturbed["seeded"]
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_a_request_without_a_seed_goes_on_too(server: Any) -> None:
+    client = Client(server, {"temperature": 1.0, "extra_body": {"ignore_eos": True}})
+    assert client.reached.wait(60)
+    server.engines()[0].kill()
+    text, _, reasons = client.answer()[0]
+    assert reasons == ["length"]
+    assert len(text) > 200
+
+
+def test_each_event_of_it_is_one_line_in_the_log(server: Any) -> None:
+    assert "killed by signal 9" in server.output
+    assert "stopped by a signal: silent for" in server.output
+    assert server.output.count("the engine is back after") == int(server.metric("llmserve:engine_restarts_total"))
+    assert "Traceback" not in server.output
+
+
+def test_whole_answers_survive_too(server: Any) -> None:
+    client: openai.OpenAI = server.client()
+    ask: dict[str, Any] = {"model": MODEL, "prompt": STORY, "max_tokens": 120, "temperature": 0}
+    expected = client.completions.create(**ask, extra_body={"ignore_eos": True})
+    answers: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(client.completions.create(**ask, extra_body={"ignore_eos": True}))
+    )
+    watcher = Client(server, REQUESTS["greedy"])
+    asking.start()
+    assert watcher.reached.wait(60)
+    server.engines()[0].kill()
+    asking.join(60)
+    assert answers[0].choices[0].text == expected.choices[0].text
+    assert answers[0].usage.completion_tokens == 120
+    watcher.answer()
