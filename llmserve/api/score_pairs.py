@@ -54,7 +54,7 @@ async def score_pairs(
         return await _compare(queries, documents, options, model)
     if model.pooling.kind == "classify":
         raise InvalidRequestError(
-            f"The model {model.name!r} has {len(model.pooling.labels)} labels and gives no single score. Use /classify.",
+            f"The model {model.name!r} has {len(model.pooling.labels)} labels, not a single score. Use /classify.",
             "model",
         )
     if options.instruction is not None and model.pooling.pair_prompt is None:

@@ -1,10 +1,10 @@
 """Triton's interpreter, corrected and made a sanitiser: how the kernels are run without a GPU. Knows none of them.
 
 The interpreter that comes with Triton 3.6 is silently wrong where a type has no numpy equal: arithmetic, comparisons,
-products and sums of bfloat16 work on its bit patterns, casts to it truncate, casts to fp8 wrap around. And it hides what
-a GPU would not forgive: accesses outside a tensor, masked lanes that are used although nothing was loaded, programs of
-one launch that touch the same bytes. `install` replaces the interpreter's builder and executor by the classes below, for
-the life of the process; `TRITON_INTERPRET=1` must have been set before Triton was first imported.
+products and sums of bfloat16 work on its bit patterns, casts to it truncate, casts to fp8 wrap around. And it hides
+what a GPU would not forgive: accesses outside a tensor, masked lanes that are used although nothing was loaded, programs
+of one launch that touch the same bytes. `install` replaces the interpreter's builder and executor by the classes below,
+for the life of the process; `TRITON_INTERPRET=1` must have been set before Triton was first imported.
 
 What it cannot show: types and shapes the compiler refuses, shared memory, registers, the order of sums within a tensor
 core, and races between the threads of one program. `test_compile.py` and the tests marked `gpu` are for those.
@@ -167,7 +167,9 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
         dtype = interpreter._get_np_dtype(element)
         self.memory.access("load", ptrs.data, mask.data, dtype.itemsize, self._program)
         if other is None and not mask.data.all():  # nothing was loaded there, so nothing sensible may be found there
-            poison = _from_float(np.float32(np.nan), element) if _is_odd(element) else np.nan if dtype.kind == "f" else 85
+            poison = (
+                _from_float(np.float32(np.nan), element) if _is_odd(element) else np.nan if dtype.kind == "f" else 85
+            )
             other = TensorHandle(np.full(ptrs.data.shape, poison, dtype), element)
         return super().create_masked_load(ptrs, mask, other, *hints)
 
