@@ -55,17 +55,17 @@ def _as_texts(value: Any) -> Any:
 
 
 def _as_predictions(value: Any) -> Any:
-    """TEI's: one text, ["a", "b"] for a pair, or an array of ["a"] and ["a", "b"]: a list of lists of one or two."""
+    """TEI's: "a" becomes ["a"], a pair stays ["a", "b"]; an array of "a", ["a"] and ["a", "b"] a list of lists."""
     if isinstance(value, str):
         value = [value]
-    rows = [value] if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(value, list) or not value:
         raise ValueError("must be a text, a pair of texts, or an array of arrays of one or two texts")
+    is_one = all(isinstance(item, str) for item in value)
+    rows = [value] if is_one else [[item] if isinstance(item, str) else item for item in value]
     for position, row in enumerate(rows):
-        row = [row] if isinstance(row, str) else row
         if not isinstance(row, list) or not 1 <= len(row) <= 2 or not all(isinstance(t, str) and t for t in row):
             raise ValueError(f"has at {position} neither one text nor a pair of two")
-    return rows
+    return value if is_one else rows
 
 
 def _lower(value: Any) -> Any:

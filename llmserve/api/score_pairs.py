@@ -53,9 +53,9 @@ async def score_pairs(
     if model.pooling.kind == "embed":
         return await _compare(queries, documents, options, model)
     if model.pooling.kind == "classify":
+        num_labels = len(model.pooling.labels)
         raise InvalidRequestError(
-            f"The model {model.name!r} has {len(model.pooling.labels)} labels, not a single score. Use /classify.",
-            "model",
+            f"The model {model.name!r} has {num_labels} labels, and gives no single score. Use /classify.", "model"
         )
     if options.instruction is not None and model.pooling.pair_prompt is None:
         raise InvalidRequestError(f"The model {model.name!r} takes no 'instruction'.", "instruction")

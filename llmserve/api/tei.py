@@ -83,8 +83,8 @@ async def tei_predict(http_request: Request, context: ApiContext) -> Response:
     request = parse_request(TeiPredictRequest, await context.read_json(http_request))
     check_count(len(request.inputs), context, "inputs")
     is_single = all(isinstance(row, str) for row in request.inputs)
-    each = [row if isinstance(row, list) else [row] for row in request.inputs]
-    rows = [[text for row in each for text in row]] if is_single else each
+    flat = [row for row in request.inputs if isinstance(row, str)]
+    rows = [flat] if is_single else [row for row in request.inputs if isinstance(row, list)]
     inputs: list[PoolingInput] = [TextPair(row[0], row[1]) if len(row) == 2 else row[0] for row in rows]
     with use_model(context, request.model, ["classify", "score"]) as model:
         pooled = await run(http_request, model.pool(inputs, "classify", request.truncated(), "inputs"))
