@@ -1,159 +1,138 @@
-"""Tiny random pooling models in folders, one that runs, and a server over three of them."""
+"""Tiny random models of every architecture that embeds, scores or classifies, and how to run one of our own."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import string
-import subprocess
-import sys
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import httpx
+import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+import transformers
 
-from llmserve.backends.instance import InstanceSettings
-from llmserve.backends.pooling_model import PoolingModel
-from llmserve.repository.model_folder import read_model_folder
+from llmserve.pooling_config import read_pooling_config
+from llmserve.worker.pooling_runner import PoolingRunner
 
-MAX_LEN = 32
-_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-_WORDS = ["the", "cat", "dog", "sat", "on", "mat", "stocks", "fell", "today"]
-VOCABULARY = [*_SPECIAL, *_WORDS, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase), *".,!?"]
-_START_S = 120.0
+VOCAB = 101
+_BERT = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+_BERT |= {"num_hidden_layers": 3, "max_position_embeddings": 160, "pad_token_id": 1}
+_MODERN = _BERT | {"local_attention": 16, "num_attention_heads": 2, "num_hidden_layers": 4, "eos_token_id": 2}
+_MODERN |= {"bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 2}
+# name -> (family, what its configuration holds); every switch that a checkpoint may turn stands in one of them
+ENCODERS: dict[str, tuple[str, dict[str, object]]] = {
+    "bert": ("Bert", _BERT),
+    "bert-odd": ("Bert", _BERT | {"num_attention_heads": 2, "hidden_act": "gelu_new", "type_vocab_size": 3}),
+    "roberta": ("Roberta", _BERT | {"layer_norm_eps": 1e-5, "type_vocab_size": 1}),
+    "xlm-r": ("XLMRoberta", _BERT | {"pad_token_id": 3}),
+    "distilbert": (
+        "DistilBert",
+        {"vocab_size": VOCAB, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 160},
+    ),
+    "distilbert-relu": (
+        "DistilBert",
+        {"vocab_size": VOCAB, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "activation": "relu"},
+    ),
+    "mpnet": ("MPNet", _BERT | {"relative_attention_num_buckets": 32}),
+    "modernbert": ("ModernBert", _MODERN),
+    "modernbert-biases": (
+        "ModernBert",
+        _MODERN
+        | {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "classifier_bias": True,
+            "classifier_pooling": "mean",
+            "classifier_activation": "relu",
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+DECODER = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+DECODER |= {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3, "max_position_embeddings": 160}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """WordPiece over a few words and the letters, with [CLS] and [SEP] around a text."""
-    tokenizer = Tokenizer(WordPiece({token: i for i, token in enumerate(VOCABULARY)}, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    values = {"tokenizer_class": "BertTokenizer", "model_max_length": MAX_LEN}
-    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+def random_model(family: str, suffix: str, options: dict[str, object]) -> transformers.PreTrainedModel:
+    """In float32; norms and biases are random too, so that none can be forgotten unseen."""
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}{suffix}")._from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        spread = 0.5 if parameter.dim() == 1 else 0.3
+        parameter.data = spread * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
 
 
-def write_bert(folder: Path, labels: tuple[str, ...] = (), prompts: dict[str, str] | None = None) -> Path:
-    """An embedding model, or with `labels` a classifier (with one a reranker)."""
-    folder.mkdir(parents=True)
-    torch.manual_seed(len(labels))
-    config = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=MAX_LEN,
-        initializer_range=0.5,
-        id2label=dict(enumerate(labels)) or None,
-        label2id={label: i for i, label in enumerate(labels)} or None,
-    )
-    kind = BertForSequenceClassification if labels else BertModel
-    kind(config).eval().save_pretrained(folder)
-    write_tokenizer(folder)
-    if prompts:
-        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+def random_texts(lengths: list[int]) -> list[list[int]]:
+    """Token ids; none is one of the special ones that change positions."""
+    rng = random.Random(3)
+    return [[rng.randrange(5, VOCAB) for _ in range(length)] for length in lengths]
+
+
+def load_runner(folder: Path, weight_format: str = "float32", num_threads: int = 1) -> PoolingRunner:
+    return PoolingRunner.load(folder, read_pooling_config(folder), weight_format, num_threads, device="cpu")
+
+
+def run_packed(
+    runner: PoolingRunner, texts: list[list[int]], task: str, types: list[list[int]] | None = None, **options: object
+) -> np.ndarray:
+    """The texts as one batch."""
+    ids = np.array([token for text in texts for token in text], np.int32)
+    bounds = np.cumsum([0] + [len(text) for text in texts]).astype(np.int32)
+    packed_types = None if types is None else np.array([kind for text in types for kind in text], np.uint8)
+    return runner.run(ids, packed_types, bounds, task, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session", params=list(ENCODERS))
+def tiny_encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """(model, folder) of transformers' base class."""
+    family, options = ENCODERS[request.param]
+    model = random_model(family, "Model", options)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="session", params=list(ENCODERS))
+def tiny_classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """(model, folder) with a head of three labels."""
+    family, options = ENCODERS[request.param]
+    model = random_model(family, "ForSequenceClassification", options | {"num_labels": 3})
+    folder = tmp_path_factory.mktemp(f"{request.param}-classifier")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT whose matrices every weight format takes."""
+    folder = tmp_path_factory.mktemp("bert")
+    random_model("Bert", "Model", _BERT).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def embed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Vectors of 32 numbers, mean pooling."""
-    return write_bert(tmp_path_factory.mktemp("embed") / "tiny-embed", prompts={"query": "the ", "document": ""})
-
-
-@pytest.fixture(scope="session")
-def score_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cross-encoder."""
-    return write_bert(tmp_path_factory.mktemp("score") / "tiny-score", ("relevance",))
-
-
-@pytest.fixture(scope="session")
-def classify_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three labels."""
-    return write_bert(tmp_path_factory.mktemp("classify") / "tiny-classify", ("bad", "fair", "good"))
-
-
-Running = Callable[..., AbstractAsyncContextManager[PoolingModel]]
+@pytest.fixture
+def build() -> Callable[..., transformers.PreTrainedModel]:
+    return random_model
 
 
 @pytest.fixture
-def running(embed_folder: Path) -> Running:
-    """`async with running(**parameters) as model`: loaded, and gone afterwards."""
-
-    @asynccontextmanager
-    async def run(
-        folder: Path = embed_folder, max_queue_size: int = 0, allow_timeout_override: bool = False, **parameters: str
-    ) -> AsyncIterator[PoolingModel]:
-        read = read_model_folder("m", folder, folder)
-        for name, value in {"niceness": "0", **parameters}.items():
-            read.config.parameters[name].string_value = value
-        if max_queue_size or allow_timeout_override:
-            policy = read.config.dynamic_batching.default_queue_policy
-            policy.max_queue_size, policy.allow_timeout_override = max_queue_size, allow_timeout_override
-        settings = InstanceSettings(unload_timeout_s=5.0)
-        model = PoolingModel("m", "1", read.versions[1], folder, read.config, settings)
-        await model.start()
-        try:
-            yield model
-        finally:
-            await model.stop(drain_s=0.0)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def http(embed_folder: Path, score_folder: Path, classify_folder: Path) -> Iterator[httpx.Client]:
-    """A client of `llmserve serve` over the three."""
-    folders = [str(folder) for folder in (embed_folder, score_folder, classify_folder)]
-    command = [sys.executable, "-m", "llmserve.cli", "serve", "--port", "0", *folders]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"COLUMNS": "200"}, text=True)
-    said: list[str] = []
-    urls: list[str] = []
-    ready = threading.Event()
-
-    def read() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            said.append(line)
-            if match := re.search(r"Ready in .*: (http://\S+)/v1", line):
-                urls.append(match[1])
-                ready.set()
-        ready.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    ready.wait(_START_S)
-    try:
-        assert urls, "".join(said)
-        with httpx.Client(base_url=urls[0], timeout=60) as client:
-            yield client
-    finally:
-        process.terminate()
-        process.wait(60)
+def texts() -> list[list[int]]:
+    """Shorter and longer than a tile of keys, a window and a group of rows."""
+    return random_texts([7, 1, 130, 64, 19, 2, 33, 65])
 
 
 @pytest.fixture
-def post(http: httpx.Client) -> Callable[..., Any]:
-    """`post(path, **body)`: the answer's JSON."""
+def load() -> Callable[..., PoolingRunner]:
+    return load_runner
 
-    def send(path: str, status: int = 200, **body: Any) -> Any:
-        answer = http.post(path, json=body)
-        assert answer.status_code == status, answer.text
-        return answer.json()
 
-    return send
+@pytest.fixture
+def run() -> Callable[..., np.ndarray]:
+    return run_packed
+
+
+@pytest.fixture
+def decoder_options() -> dict[str, object]:
+    return dict(DECODER)
