@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m-instruct
+EMBEDDING_MODEL ?= all-minilm-l6-v2
 
 .PHONY: serve install install-dev test check fmt bench docs clean
 serve: install
-	$(BIN)/llmserve serve $(MODEL) --model-repository examples/model_repository $(ARGS)
+	$(BIN)/llmserve serve $(MODEL) --embedding-model $(EMBEDDING_MODEL) --model-repository examples/model_repository $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -23,6 +23,8 @@ class Server:
     """`llmserve serve` on a free port, stopped and gone at the end."""
 
     def __init__(self, *args: str) -> None:
+        if "--embedding-model" not in args:
+            args = (*args, "--embedding-model", "none")  # a process less to start
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llmserve.cli", "serve", "--port", "0", *args],
             stderr=subprocess.PIPE,
@@ -54,6 +56,10 @@ class Server:
 
     def engines(self) -> list[psutil.Process]:
         return [p for p in psutil.Process(self.process.pid).children() if "llmserve.engine.process" in p.cmdline()]
+
+    def model_processes(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [p for p in children if "llmserve.backends.model_process" in p.cmdline()]
 
     def metric(self, name: str) -> float:
         """The value of a series without buckets, of the only model."""
@@ -89,6 +95,6 @@ def start_server() -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., Server], smollm2_path: Path) -> Server:
     """The default server, shared by tests that leave it as they found it."""
-    server = start_server("--kv-cache-memory", "256MiB")
+    server = start_server("--kv-cache-memory", "256MiB", "--embedding-model", "auto")
     assert server.url, server.output
     return server
