@@ -13,6 +13,8 @@ MODULES = (
     "bench_decode",  # weight formats, tokens a second
     "bench_speculation",  # drafts on and off
     "bench_end_to_end",  # the whole server
+    "bench_embedding_server",  # embeddings, beside sentence-transformers
+    "bench_embeddings_beside_llm",  # what they cost a chat stream
 )
 
 

@@ -21,6 +21,7 @@ from llmserve.pooling_config import Kind, PoolingConfig
 T = TypeVar("T")
 
 WORDS: dict[Kind, str] = {"embed": "an embedding model", "score": "a reranker", "classify": "a classifier"}
+_HOW = "Start the server with --embedding-model <folder or name>."
 ANY: tuple[Kind, ...] = ("embed", "score", "classify")
 
 # The prompts of sentence-transformers' encode_query and encode_document, in the order in which it looks for them.
@@ -52,7 +53,7 @@ def _choose(context: ApiContext, name: str | None, kinds: Sequence[Kind]) -> str
                 return found[0]
             if found:
                 raise InvalidRequestError(f"'model' is required where several serve: {_listed(found)}.", "model")
-        raise InvalidRequestError(f"This needs {wanted}, and none is served. {_how(pooling)}", "model")
+        raise InvalidRequestError(f"This needs {wanted}, and none is served. {_HOW}", "model")
     if name in pooling.names:
         if (kind := pooling.kind(name)) not in kinds:
             raise InvalidRequestError(
@@ -68,11 +69,7 @@ def _choose(context: ApiContext, name: str | None, kinds: Sequence[Kind]) -> str
 
 def _those(pooling: PoolingDirectory, kinds: Sequence[Kind]) -> str:
     found = [known for known in pooling.names if pooling.kind(known) in kinds]
-    return f"Served here: {_listed(found)}." if found else _how(pooling)
-
-
-def _how(pooling: PoolingDirectory) -> str:
-    return "Start the server with --embedding-model <folder or name>."
+    return f"Served here: {_listed(found)}." if found else _HOW
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -190,6 +190,7 @@ class PoolingModel:
         `param` is what messages call the inputs: all of them, or each. Raises InvalidRequestError, QueueFullError,
         DeadlineExceededError, NotReadyError, ModelExecutionError.
         """
+        assert inputs
         begin_ns = time.monotonic_ns()
         method = self.metrics.count_request(len(inputs))
         self._statistics.pending += 1

