@@ -61,10 +61,6 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         return [p for p in children if "llmserve.backends.model_process" in p.cmdline()]
 
-    def model_processes(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children()
-        return [p for p in children if "llmserve.backends.model_process" in p.cmdline()]
-
     def metric(self, name: str) -> float:
         """The value of a series without buckets, of the only model."""
         text = httpx.get(f"{self.url}/metrics").text

@@ -196,9 +196,12 @@ async def test_a_large_request_shares_the_model_with_a_small_one(running: Runnin
         await until(lambda: model.metrics.texts == 300)
         small = asyncio.create_task(model.pool(["stocks fell"], "embed"))
         await until(lambda: model.metrics.texts == 301)
+        finished: list[object] = []
+        for task in (large, small):
+            task.add_done_callback(finished.append)
         release(model)
-        await small
-        assert not large.done()
         assert len((await large).rows) == 300
+        await small
+        assert finished == [small, large]
         batches = model.explain()["batches"]
         assert max(batch["tokens"] for batch in batches) <= 64
