@@ -25,8 +25,8 @@ class Pooler:
     def forward(
         self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """hidden [t, m] -> float32 [n, m * modes]. The first num_prompt_tokens int64 [n] of each sequence are left out
-        of sums and maxima."""
+        """hidden [t, m] -> float32 [n, m * modes], as if the first num_prompt_tokens int64 [n] of each sequence were
+        not there; but a weighted mean still counts positions from its beginning."""
         pooled = [self._pool(mode, hidden, sequences, num_prompt_tokens) for mode in self._modes]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
@@ -39,7 +39,7 @@ class Pooler:
     ) -> torch.Tensor:
         bounds = sequences.cu_seqlens.long()
         if mode == "cls":
-            return hidden[bounds[:-1]].float()
+            return hidden[bounds[:-1] if num_prompt_tokens is None else bounds[:-1] + num_prompt_tokens].float()
         if mode == "last":
             return hidden[bounds[1:] - 1].float()
         lengths = bounds.diff()

@@ -24,8 +24,6 @@ from llmserve.pooling_modules import DenseConfig
 from llmserve.worker.loader import choose_device, cpu_computes_bf16
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "float16", Q8_0, INT8)
-# The default on a CPU: benchmarks/bench_embedding_quality.py says what each format costs in quality.
-_CPU_DEFAULT = Q8_0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -114,14 +112,13 @@ def _choose_format(
     """The ops, the type of activations, the format of matrices, and what to call both."""
     if asked not in ("auto", *WEIGHT_FORMATS):
         raise ConfigError(f"The weight format {asked!r} is not known. Choose one of auto, {', '.join(WEIGHT_FORMATS)}.")
-    if device.type != "cpu" and asked == "auto":
-        asked = "bfloat16"
     compute = torch.bfloat16 if device.type != "cpu" or cpu_computes_bf16() else torch.float32
     dtype = _DTYPES.get(asked, compute)
     ops = select_ops(device, dtype, head_dim, num_threads)
     if asked == "auto":
-        asked = _CPU_DEFAULT if _CPU_DEFAULT in ops.weight_formats else "float32"
-        dtype = _DTYPES.get(asked, dtype)
+        # bfloat16 where it is computed: it moves a vector by 1e-5, q8_0 by 3e-4 and int8 by 2e-3 in cosine, and q8_0 is
+        # not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py).
+        asked = "bfloat16" if dtype == torch.bfloat16 else Q8_0 if Q8_0 in ops.weight_formats else "float32"
     fmt = DENSE if asked in _DTYPES else asked
     if fmt not in ops.weight_formats:
         known = ", ".join(_DTYPES)

@@ -64,7 +64,7 @@ class PoolingRunner:
     ) -> FloatArray:
         """Packed sequences: i owns token_ids[cu_seqlens[i]:cu_seqlens[i + 1]], of at least one token and at most
         `config.max_model_len`. No token_type_ids are all zero. Where `config.include_prompt` is false,
-        num_prompt_tokens [n] tells how many tokens of each sequence, from its first, the pooling leaves out.
+        num_prompt_tokens [n] tells how many tokens of each sequence, from its first, the pooling leaves out; never all.
 
         "embed": [n, dimension], pooled and through the dense layers, not normalised; "token_embed": [tokens,
         hidden_size]; "classify", of a model of kind "score" or "classify": logits [n, labels].

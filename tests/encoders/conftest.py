@@ -22,7 +22,7 @@ _MODERN |= {"bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 2}
 # name -> (family, what its configuration holds); every switch that a checkpoint may turn stands in one of them
 ENCODERS: dict[str, tuple[str, dict[str, object]]] = {
     "bert": ("Bert", _BERT),
-    "bert-odd": ("Bert", _BERT | {"num_attention_heads": 8, "hidden_act": "gelu_new", "type_vocab_size": 3}),
+    "bert-odd": ("Bert", _BERT | {"num_attention_heads": 2, "hidden_act": "gelu_new", "type_vocab_size": 3}),
     "roberta": ("Roberta", _BERT | {"layer_norm_eps": 1e-5, "type_vocab_size": 1}),
     "xlm-r": ("XLMRoberta", _BERT | {"pad_token_id": 3}),
     "distilbert": (

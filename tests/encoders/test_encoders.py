@@ -133,3 +133,16 @@ def test_what_is_not_supported_is_named(tiny_bert: Path, tmp_path: Path, load, c
 def test_weight_formats_are_checked(tiny_bert: Path, load) -> None:
     with pytest.raises(ConfigError, match=r"'q2_k'.*q8_0"):
         load(tiny_bert, "q2_k")
+
+
+def test_heads_that_no_kernel_computes(build, tmp_path: Path, texts, load, run) -> None:
+    """Of 8 elements: plain torch runs, and says which formats it has."""
+    options = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = build("Bert", "Model", options | {"num_hidden_layers": 1})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="'q8_0' is not computed by the reference kernels"):
+        load(tmp_path, "q8_0")
+    runner = load(tmp_path, "auto")
+    assert runner.weight_format in ("float32", "bfloat16")
+    actual = run(load(tmp_path), texts, "token_embed")
+    assert np.abs(actual - np.concatenate(expected_hidden(model, texts))).max() < 1e-4
