@@ -51,6 +51,8 @@ class PoolingRunner:
         kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
         max_tokens = max(_MAX_TOKENS[kind], config.max_model_len)
         loaded = load_pooling_model(folder, config, weight_format, num_threads, device, max_tokens, _MAX_SEQS[kind])
+        if loaded.ops.name == "cpu":
+            torch.set_num_threads(1)  # from here on torch's threads would only spin beside those of the kernels
         return cls(config, loaded)
 
     @torch.inference_mode()
