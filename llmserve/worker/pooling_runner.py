@@ -105,6 +105,7 @@ class PoolingRunner:
         self, token_ids: Int32Array, token_types: npt.NDArray[np.uint8] | None, cu_seqlens: Int32Array
     ) -> tuple[torch.Tensor, PackedSequences]:
         lengths = np.diff(cu_seqlens)
+        assert 0 < lengths.min() <= lengths.max() <= self.config.max_model_len
         positions = np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1], lengths)
         sequences = PackedSequences(
             cu_seqlens=torch.from_numpy(cu_seqlens).to(self.device),
