@@ -120,14 +120,21 @@ def _choose_format(
     dtype = _DTYPES.get(asked, compute)
     ops = select_ops(device, dtype, head_dim, num_threads)
     if asked == "auto":
-        # bfloat16 where it is computed: it moves a vector by 1e-5, q8_0 by 3e-4 and int8 by 2e-3 in cosine, and q8_0 is
-        # not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py).
-        asked = "bfloat16" if dtype == torch.bfloat16 else Q8_0 if Q8_0 in ops.weight_formats else "float32"
+        asked = _best_format(device, dtype, ops)
+        dtype = _DTYPES.get(asked, dtype)
     fmt = DENSE if asked in _DTYPES else asked
     if fmt not in ops.weight_formats:
         known = ", ".join(_DTYPES)
         raise ConfigError(f"The weight format {asked!r} is not computed by the {ops.name} kernels: choose of {known}.")
     return ops, dtype, fmt, asked
+
+
+def _best_format(device: torch.device, dtype: torch.dtype, ops: Ops) -> str:
+    """bfloat16 where it is computed: it moves a vector by 1e-5, q8_0 by 3e-4 and int8 by 2e-3 in cosine, and q8_0 is
+    not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py). Without the C kernels a CPU keeps float32."""
+    if device.type == "cpu" and Q8_0 not in ops.weight_formats:
+        return "float32"
+    return "bfloat16" if dtype == torch.bfloat16 else Q8_0
 
 
 def _load_decoder(
