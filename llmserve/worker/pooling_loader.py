@@ -131,7 +131,8 @@ def _choose_format(
 
 def _best_format(device: torch.device, dtype: torch.dtype, ops: Ops) -> str:
     """bfloat16 where it is computed: it moves a vector by 1e-5, q8_0 by 3e-4 and int8 by 2e-3 in cosine, and q8_0 is
-    not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py). Without the C kernels a CPU keeps float32."""
+    not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py). Without the C kernels, a CPU's is
+    float32."""
     if device.type == "cpu" and Q8_0 not in ops.weight_formats:
         return "float32"
     return "bfloat16" if dtype == torch.bfloat16 else Q8_0
