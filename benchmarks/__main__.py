@@ -12,6 +12,8 @@ MODULES = (
     "bench_cpu_kernels",  # kernels against the machine's limits
     "bench_decode",  # weight formats, tokens a second
     "bench_speculation",  # drafts on and off
+    "bench_embeddings",  # texts to vectors, beside sentence-transformers
+    "bench_embedding_quality",  # what a weight format costs in retrieval
     "bench_end_to_end",  # the whole server
     "bench_embedding_server",  # embeddings, beside sentence-transformers
     "bench_embeddings_beside_llm",  # what they cost a chat stream

@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--formats", default=",".join(FORMATS))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     folder = args.model or embedded.fetch(embedded.DEFAULT_EMBEDDING)
     config, texts = read_pooling_config(folder), make_texts(args.texts)
     contenders = {name: Contender(folder, config, name, args.threads) for name in args.formats.split(",")}
@@ -99,12 +98,13 @@ def main() -> None:
     print(
         f"{len(texts)} texts, {len(ids)} tokens, of {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}"
     )
+    lone = {name: lone_text(contender) for name, contender in contenders.items()}  # before a peer's threads spin
     calls: dict[str, Callable[[], object]] = {}
     if importlib.util.find_spec("sentence_transformers"):
         from sentence_transformers import SentenceTransformer
 
         peer = SentenceTransformer(str(folder), device="cpu")
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(args.threads)  # our loader leaves torch one
         calls["encode"] = lambda: peer.encode(texts)
     for name, contender in contenders.items():
         calls[name] = lambda contender=contender: contender.run(ids, bounds)  # type: ignore[misc]
@@ -113,11 +113,11 @@ def main() -> None:
     encode = best.get("encode", float("nan"))
     print(f"sentence-transformers' encode: {len(ids) / encode:.0f} tokens/s; in brackets what was predicted")
     print(f"{'':10}{'tokens/s':>10}{'from text':>11}{'x encode':>16}{'a lone text':>14}")
-    for name, contender in contenders.items():
+    for name in contenders:
         text_s = best[f"{name}, text"]
         print(
             f"{name:10}{len(ids) / best[name]:10.0f}{len(ids) / text_s:11.0f}{encode / text_s:9.2f} "
-            f"[{PREDICTED.get(name, 0):.1f}]{lone_text(contender) * 1e3:11.3f} ms"
+            f"[{PREDICTED.get(name, 0):.1f}]{lone[name] * 1e3:11.3f} ms"
         )
 
 

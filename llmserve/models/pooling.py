@@ -51,7 +51,9 @@ class Pooler:
             return torch.segment_reduce(visible, "max", lengths=lengths, axis=0)
         if mode == "weighted_mean":  # SGPT (Muennighoff 2022): later tokens count more
             counted *= sequences.positions + 1
-        totals = self._ops.segment_sum(counted[:, None], torch.ones_like(counted), sequences.cu_seqlens).clamp(min=1e-9)
+        totals = lengths[:, None].float()
+        if num_prompt_tokens is not None or mode == "weighted_mean":
+            totals = self._ops.segment_sum(counted[:, None], torch.ones_like(counted), sequences.cu_seqlens)
         if mode == "mean_sqrt_len":
             totals = totals.sqrt()
         return self._ops.segment_sum(hidden, counted, sequences.cu_seqlens) / totals

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from llmserve.errors import ConfigError
+from llmserve.kernels.cpu.ops import usable_cores
 from llmserve.kernels.ops import Ops, PackedSequences
 from llmserve.kernels.select import select_ops
 from llmserve.kernels.weight_formats import DENSE, INT8, Q8_0
@@ -54,6 +55,7 @@ class LoadedModel:
     model: TextModel
     embed: Scorer
     classify: Scorer | None
+    ops: Ops
     device: torch.device
     weight_format: str  # what "auto" became
 
@@ -88,6 +90,8 @@ def load_pooling_model(
     encoder_config = read_encoder_config(folder) if is_encoder else None
     head_dim = encoder_config.head_dim if encoder_config else open_decoder(folder, with_head=False)[0].head_dim
     ops, dtype, fmt, resolved = _choose_format(weight_format, device, head_dim, num_threads)
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads or usable_cores())
     dense = [_dense_layer(folder, layer, ops, device) for layer in config.dense]
     embed = Head(Pooler(ops, config.pooling), dense)
     if encoder_config is not None:
@@ -96,14 +100,14 @@ def load_pooling_model(
         encoder = load_encoder(reader, encoder_config, ops, device, config.max_model_len)
         heads = ParameterReader(source, ops, torch.float32, device)
         classify = _encoder_head(heads, encoder_config, ops, len(config.labels)) if config.labels else None
-        return LoadedModel(encoder, embed, classify, device, resolved)
+        return LoadedModel(encoder, embed, classify, ops, device, resolved)
     decoder = _load_decoder(folder, config, ops, dtype, device, fmt, max_tokens, max_seqs)
     judge: Scorer | None = WordJudge(decoder) if config.judging_token_ids else None
     if config.labels:
         reader = ParameterReader(SafetensorsWeights(folder), ops, torch.float32, device)
         score = reader.linear(("score",), len(config.labels), config.hidden_size, bias=False)
         judge = Head(Pooler(ops, ("last",)), [DenseLayer(ops=ops, linear=score)])
-    return LoadedModel(decoder, embed, judge, device, resolved)
+    return LoadedModel(decoder, embed, judge, ops, device, resolved)
 
 
 def _choose_format(
@@ -116,14 +120,22 @@ def _choose_format(
     dtype = _DTYPES.get(asked, compute)
     ops = select_ops(device, dtype, head_dim, num_threads)
     if asked == "auto":
-        # bfloat16 where it is computed: it moves a vector by 1e-5, q8_0 by 3e-4 and int8 by 2e-3 in cosine, and q8_0 is
-        # not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py).
-        asked = "bfloat16" if dtype == torch.bfloat16 else Q8_0 if Q8_0 in ops.weight_formats else "float32"
+        asked = _best_format(device, dtype, ops)
+        dtype = _DTYPES.get(asked, dtype)
     fmt = DENSE if asked in _DTYPES else asked
     if fmt not in ops.weight_formats:
         known = ", ".join(_DTYPES)
         raise ConfigError(f"The weight format {asked!r} is not computed by the {ops.name} kernels: choose of {known}.")
     return ops, dtype, fmt, asked
+
+
+def _best_format(device: torch.device, dtype: torch.dtype, ops: Ops) -> str:
+    """bfloat16 where it is computed: it moves a vector by 1e-5, q8_0 by 3e-4 and int8 by 2e-3 in cosine, and q8_0 is
+    not faster (benchmarks/bench_embedding_quality.py, bench_embeddings.py). Without the C kernels, a CPU's is
+    float32."""
+    if device.type == "cpu" and Q8_0 not in ops.weight_formats:
+        return "float32"
+    return "bfloat16" if dtype == torch.bfloat16 else Q8_0
 
 
 def _load_decoder(

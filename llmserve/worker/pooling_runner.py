@@ -51,6 +51,8 @@ class PoolingRunner:
         kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
         max_tokens = max(_MAX_TOKENS[kind], config.max_model_len)
         loaded = load_pooling_model(folder, config, weight_format, num_threads, device, max_tokens, _MAX_SEQS[kind])
+        if loaded.ops.name == "cpu":
+            torch.set_num_threads(1)  # from here on torch's threads would only spin beside those of the kernels
         return cls(config, loaded)
 
     @torch.inference_mode()
@@ -103,6 +105,7 @@ class PoolingRunner:
         self, token_ids: Int32Array, token_types: npt.NDArray[np.uint8] | None, cu_seqlens: Int32Array
     ) -> tuple[torch.Tensor, PackedSequences]:
         lengths = np.diff(cu_seqlens)
+        assert 0 < lengths.min() <= lengths.max() <= self.config.max_model_len
         positions = np.arange(len(token_ids)) - np.repeat(cu_seqlens[:-1], lengths)
         sequences = PackedSequences(
             cu_seqlens=torch.from_numpy(cu_seqlens).to(self.device),
