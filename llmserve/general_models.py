@@ -17,6 +17,7 @@ from llmserve.backends.general import GeneralModel
 from llmserve.backends.pooling_model import PoolingModel
 from llmserve.config import RepositoryConfig, ServerConfig
 from llmserve.repository.data_plane import DataPlane
+from llmserve.repository.language_models import LanguageModels
 from llmserve.repository.model_folder import POOLING
 from llmserve.repository.model_repository import ModelRepository, ProgressOf
 from llmserve.repository.model_version import ModelVersion
@@ -33,6 +34,7 @@ class GeneralModels:
         config: RepositoryConfig,
         server: ServerConfig,
         llms: ServedModels,
+        language_models: LanguageModels,
         api: ApiSettings,
         entrance: Entrance | None = None,
         named: Mapping[str, Path] | None = None,
@@ -43,7 +45,12 @@ class GeneralModels:
         self._inline = frozenset(config.inline)
         self._repository = ModelRepository(_repository_settings(config, server), self._open, named)
         self.pooling = PoolingModels(self._repository)
-        self.plane = DataPlane(self._repository, version=__version__, llms=_LanguageModels(llms, api))
+        self.plane = DataPlane(
+            self._repository,
+            version=__version__,
+            llms=_LanguageModels(llms, api),
+            language_models=language_models,
+        )
         self._grpc: GrpcServer | None = None
 
     async def start(self, http_port: int, progress_of: ProgressOf) -> str | None:
@@ -87,7 +94,7 @@ class GeneralModels:
 
 
 class _LanguageModels:
-    """The LLMs as v2 models, made once each."""
+    """The LLMs as v2 models, made once for each version."""
 
     def __init__(self, llms: ServedModels, settings: ApiSettings) -> None:
         self._llms = llms
@@ -95,9 +102,12 @@ class _LanguageModels:
         self._models: dict[str, LanguageModel] = {}
 
     def __call__(self) -> Sequence[LanguageModel]:
+        before, self._models = self._models, {}
         for name in self._llms.names:
-            if name not in self._models:
-                self._models[name] = LanguageModel(name, self._llms.get(name), self._settings)
+            llm, model = self._llms.get(name), before.get(name)
+            if model is None or model.version != llm.version:
+                model = LanguageModel(name, llm, self._settings, llm.version)
+            self._models[name] = model
         return list(self._models.values())
 
 

@@ -30,6 +30,7 @@ from llmserve.general_models import GeneralModels
 from llmserve.metrics import Metrics
 from llmserve.pooling_config import is_pooling_folder
 from llmserve.repository.embedded import DEFAULT_EMBEDDING, DEFAULT_LLM
+from llmserve.repository.language_models import LanguageModels
 from llmserve.repository.served_models import ServedModels, open_llm
 from llmserve.repository.sources import ModelSource, resolve_model
 from llmserve.tools.progress import StartupDisplay
@@ -65,8 +66,9 @@ class _Server:
         if (default := self._embedding_model()) is not None:
             pooling.append((ModelConfigEntry(model=default.name), default))
         self._entrance = Entrance(config.door, self._metrics)
+        self._llms = LanguageModels(self._models, self._reopen, server.drain_timeout_s)
         self._general = GeneralModels(
-            config.repository, server, self._models, self._api, self._entrance, _by_name(pooling)
+            config.repository, server, self._models, self._llms, self._api, self._entrance, _by_name(pooling)
         )
         self._started = time.monotonic()
         self._draining: asyncio.Task[None] | None = None
@@ -96,7 +98,7 @@ class _Server:
                 await http.drop_connections()
             # HTTP is over: what is still in flight has nobody to read it
             grace_s = 0.0 if http.force_exit else _ENGINE_GRACE_S
-            await asyncio.gather(self._general.stop(grace_s), *(llm.shutdown(grace_s) for llm in self._models.llms))
+            await asyncio.gather(self._general.stop(grace_s), self._llms.stop(grace_s))
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
         return 0
@@ -108,7 +110,7 @@ class _Server:
         logger.info("Draining: not ready any more; requests in flight may take %.0f s to finish", drain_s)
         loading.cancel()
         self._general.plane.begin_drain()
-        await asyncio.gather(self._general.stop(drain_s), *(llm.drain(drain_s) for llm in self._models.llms))
+        await asyncio.gather(self._general.stop(drain_s), self._llms.drain(drain_s))
         http.finish(end_s - time.monotonic())
 
     def _fetch(self, name: str) -> ModelSource:
@@ -135,8 +137,13 @@ class _Server:
 
     def _open(self, entry: ModelConfigEntry, source: ModelSource) -> LLM:
         llm = open_llm(source, entry, self._config.server, self._metrics)
-        self._models.add(llm, entry.served_names or (llm.name,))
+        self._llms.add(llm, entry)
         return llm
+
+    def _reopen(self, entry: ModelConfigEntry, version: int) -> LLM:
+        """The same model as it is on disk now. Blocks."""
+        source = resolve_model(entry.model or DEFAULT_LLM)
+        return open_llm(source, entry, self._config.server, self._metrics, version=version)
 
     async def _load(self) -> None:
         host, port = self._listener.getsockname()[:2]

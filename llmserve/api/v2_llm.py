@@ -35,11 +35,11 @@ _NO_TIMES = ExecutionTimes(0, 0, 0)
 class LanguageModel:
     """One name under which an LLM is served. `stream` asks for its answer piece by piece; otherwise it comes whole."""
 
-    version = 1
     backend = "llmserve"
 
-    def __init__(self, name: str, generator: TextGenerator, settings: ApiSettings) -> None:
+    def __init__(self, name: str, generator: TextGenerator, settings: ApiSettings, version: int = 1) -> None:
         self.name = name
+        self.version = version
         self.labels: Mapping[str, list[str]] = {}
         self.config = _config(name, self.backend)
         self._generator = generator

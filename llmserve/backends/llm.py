@@ -36,8 +36,10 @@ class LLM:
         metrics: Metrics,
         server: ServerConfig,
         engine_command: Sequence[str] = ENGINE_COMMAND,
+        version: int = 1,
     ) -> None:
         self.name = name
+        self.version = version  # counts the times it was loaded
         self.root = root
         self.created = int(time.time())
         self.max_model_len = config.max_model_len or 0  # known for good once the engine has planned

@@ -15,6 +15,7 @@ from llmserve.errors import InferenceError
 from llmserve.general_metrics import ModelStatistics
 from llmserve.inference import InferRequest, InferResponse
 from llmserve.repository.classification import classify
+from llmserve.repository.language_models import LanguageModels
 from llmserve.repository.lifecycle import IndexEntry
 from llmserve.repository.model_repository import ModelRepository
 from llmserve.repository.model_version import LanguageModelEntry, ResponseStream, Servable
@@ -88,10 +89,12 @@ class DataPlane:
         version: str,
         name: str = "llmserve",
         llms: Callable[[], Sequence[LanguageModelEntry]] = tuple,
+        language_models: LanguageModels | None = None,
     ) -> None:
         self._repository = repository
         self._metadata = ServerMetadata(name, version, EXTENSIONS)
         self._llms = llms
+        self._language_models = language_models
         self.log_settings = LogSettings()
         self._trace = TraceSettings()
         self._draining = False
@@ -226,12 +229,26 @@ class DataPlane:
         return [entry for entry in entries if not ready or entry.state == VersionState.READY]
 
     async def load(self, name: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
-        """Raises InferenceError, InvalidRequestError."""
-        await self._repository.load(name, config_json, files)
+        """Loads or reloads a model, of either kind. Raises InferenceError, InvalidRequestError."""
+        if self._language_models is None or not self._language_models.has(name):
+            await self._repository.load(name, config_json, files)
+            return
+        self._repository.require_explicit()
+        if config_json is not None or files:
+            raise InferenceError(
+                f"failed to load '{name}', it is a language model: its files and settings are those it was started "
+                "with, and a load request cannot bring others",
+                InferenceError.INVALID_ARG,
+            )
+        await self._language_models.load(name)
 
     async def unload(self, name: str, unload_dependents: bool = False) -> None:
-        """Raises InferenceError."""
-        await self._repository.unload(name, unload_dependents)
+        """Takes a model of either kind out of service. Raises InferenceError."""
+        if self._language_models is not None and self._language_models.has(name):
+            self._repository.require_explicit()
+            await self._language_models.unload(name)
+        else:
+            await self._repository.unload(name, unload_dependents)
         self._trace.forget(name)
 
     # Settings.

@@ -140,7 +140,7 @@ class ModelRepository:
         `config_json` stands in for the configuration on disk; `files` (`file:<version>/<path>` -> content) for the
         folder, and then needs `config_json`. A request that goes away does not leave a load half done.
         """
-        self._require_explicit()
+        self.require_explicit()
         check_model_name(name)
         if files and config_json is None:
             raise InferenceError(
@@ -154,14 +154,15 @@ class ModelRepository:
 
         `unload_dependents` would take the models of an ensemble with it; nothing depends on anything yet.
         """
-        self._require_explicit()
+        self.require_explicit()
         model = self._models.get(name)
         if model is not None:
             await model.unload()
 
     # Inside.
 
-    def _require_explicit(self) -> None:
+    def require_explicit(self) -> None:
+        """Raises InferenceError where models are not loaded by request."""
         if self.settings.model_control_mode is not ModelControlMode.EXPLICIT:
             raise InferenceError(_NOT_EXPLICIT, InferenceError.UNAVAILABLE)
 

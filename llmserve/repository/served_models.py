@@ -35,6 +35,20 @@ class ServedModels:
             self._by_name[name] = llm
         self.llms.append(llm)
 
+    def find(self, name: str) -> LLM | None:
+        """None if it is not served now."""
+        return self._by_name.get(name)
+
+    def replace(self, old: LLM, new: LLM) -> None:
+        """From here on requests find `new`, in the same place and under the same names."""
+        self.llms[self.llms.index(old)] = new
+        self._by_name = {name: new if llm is old else llm for name, llm in self._by_name.items()}
+
+    def remove(self, llm: LLM) -> None:
+        """No request finds it any more."""
+        self.llms.remove(llm)
+        self._by_name = {name: other for name, other in self._by_name.items() if other is not llm}
+
     @property
     def names(self) -> list[str]:
         return list(self._by_name)
@@ -57,6 +71,7 @@ def open_llm(
     server: ServerConfig,
     metrics: Metrics,
     engine_command: Sequence[str] = ENGINE_COMMAND,
+    version: int = 1,
 ) -> LLM:
     """Reads what the server process must know of a model: tokenizer and sampling defaults. Loads no weights."""
     return LLM(
@@ -68,6 +83,7 @@ def open_llm(
         metrics=metrics,
         server=server,
         engine_command=engine_command,
+        version=version,
     )
 
 

@@ -53,7 +53,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def engines(self) -> list[psutil.Process]:
-        return [p for p in psutil.Process(self.process.pid).children() if "llmserve.engine.process" in p.cmdline()]
+        return [child for child in psutil.Process(self.process.pid).children() if _is_engine(child)]
 
     def metric(self, name: str) -> float:
         """The value of a series without buckets, of the only model."""
@@ -69,6 +69,13 @@ class Server:
             return self.process.wait(60)
         finally:
             self.process.kill()
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "llmserve.engine.process" in process.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
 
 
 @pytest.fixture(scope="session")

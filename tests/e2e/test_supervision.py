@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,34 @@ def test_whole_answers_survive_too(server: Any) -> None:
     assert answers[0].choices[0].text == expected.choices[0].text
     assert answers[0].usage.completion_tokens == 120
     watcher.answer()
+
+
+def test_a_reload_loses_no_request(start_server: Callable[..., Any], smollm2_path: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(smollm2_path)
+    server = start_server(
+        str(model), "--served-model-name", MODEL, "--model-control-mode", "explicit", "--kv-cache-memory", "64MiB"
+    )
+    load = f"{server.url}/v2/repository/models/{MODEL}/load"
+    expected = Client(server, REQUESTS["seeded"]).answer()
+    early = [Client(server, REQUESTS["seeded"]) for _ in range(3)]
+    for client in early:
+        assert client.reached.wait(60)
+    assert httpx.post(load, timeout=60).status_code == 200
+    late = Client(server, REQUESTS["seeded"])
+    assert httpx.post(f"{server.url}/v2/repository/index").json() == [{"name": MODEL, "version": "2", "state": "READY"}]
+    assert [client.answer() for client in (*early, late)] == [expected] * 4
+    model.unlink()
+    model.mkdir()  # the next version is damaged: the one before serves on
+    refused = httpx.post(load, timeout=60)
+    assert refused.status_code == 400
+    assert "config.json" in refused.json()["error"]
+    assert Client(server, REQUESTS["seeded"]).answer() == expected
+    gone = httpx.post(f"{server.url}/v2/repository/models/{MODEL}/unload")
+    assert gone.status_code == 200
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code in (400, 404)
+    wait_s = time.monotonic() + 30
+    while server.engines() and time.monotonic() < wait_s:
+        time.sleep(0.05)
+    assert server.engines() == []
+    assert server.stop() == 0
