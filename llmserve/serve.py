@@ -67,6 +67,7 @@ class _Server:
             pooling.append((ModelConfigEntry(model=default.name), default))
         self._llms = LanguageModels(self._models, self._reopen, server.drain_timeout_s)
         self._entrance = Entrance(config.door, self._metrics)
+        self._llms = LanguageModels(self._models, self._reopen, server.drain_timeout_s)
         self._general = GeneralModels(
             config.repository, server, self._models, self._llms, self._api, self._entrance, _by_name(pooling)
         )

@@ -87,7 +87,7 @@ class EngineClient:
         self._ready: asyncio.Future[EngineReady] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory = ""
         self._recorder: FlightRecorder | None = None
 
     async def start(
@@ -115,8 +115,8 @@ class EngineClient:
         return await self._ready
 
     async def _start_process(self) -> tuple[asyncio.subprocess.Process, zmq.asyncio.Socket]:
-        self._directory = tempfile.TemporaryDirectory(prefix="llmserve-")  # its owner's alone, as sockets there must be
-        endpoint = f"ipc://{self._directory.name}"
+        self._directory = tempfile.mkdtemp(prefix="llmserve-")  # its owner's alone, as sockets there must be
+        endpoint = f"ipc://{self._directory}"
         context = zmq.asyncio.Context.instance()  # one for all engines: each has a thread
         self._inbox = inbox = context.socket(zmq.PULL)
         self._outbox = outbox = context.socket(zmq.PUSH)
@@ -193,8 +193,20 @@ class EngineClient:
             self.executing = self._recorder.executing()
             self._recorder.close()
             self._recorder = None
-        if self._directory is not None:
-            self._directory.cleanup()
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        """By name: to list it would take a descriptor, and there may be none."""
+        directory, self._directory = self._directory, ""
+        if not directory:
+            return
+        for name in ("in", "out"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{directory}/{name}")
+        try:
+            os.rmdir(directory)
+        except OSError as error:
+            logger.warning("the folder of an engine's sockets could not be removed: %s", error)
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -7,9 +7,12 @@ because kernels are compiled in it, and a load because the disk is slow.
 
 from __future__ import annotations
 
+from llmserve.engine.launch import HEARTBEAT_S
+
 FIRST_STEP_FACTOR = 6.0  # a first step loads libraries and compiles kernels
 LOAD_FACTOR = 30.0  # between two messages of an engine that loads
 _LONGEST_STEP_FACTOR = 4.0
+_HEARTBEATS = 3.0  # may be late: without work there is nothing else to be heard
 _HELD_UP_S = 0.5  # a check that comes so late says more of this process than of the engine
 
 
@@ -64,7 +67,9 @@ class StallWatch:
         return None
 
     def _allowed_s(self, is_stopped: bool) -> float:
-        if is_stopped or not self._has_work:
+        if not self._has_work:
+            return max(self._timeout_s, _HEARTBEATS * HEARTBEAT_S)
+        if is_stopped:
             return self._timeout_s
         if not self._num_steps:
             return self._first_factor * self._timeout_s

@@ -37,6 +37,12 @@ def test_heartbeats_excuse_only_an_engine_without_work() -> None:
     assert look(watch, 28.5) == 10.0
 
 
+def test_a_heartbeat_may_be_late_however_short_the_timeout() -> None:
+    watch = StallWatch(0.5, 0.0)
+    assert look(watch, 2.9) is None
+    assert look(watch, 3.0) == 3.0
+
+
 def test_work_that_comes_after_a_pause_starts_the_clock_and_more_of_it_does_not() -> None:
     watch = working()
     watch.step(2.0, work_left=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import time
@@ -404,5 +405,36 @@ def test_restarts_leave_no_descriptor_behind() -> None:
             await house.until_restarted(kills)
         assert me.num_fds() <= open_before
         house.supervisor.abort(["a"])
+
+    run(use)
+
+
+@pytest.mark.parametrize("want", ["descriptors", "disk"])
+def test_a_server_that_has_run_out_says_so_and_goes_on_when_it_has_again(
+    want: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(house: House) -> None:
+        house.ask("a", 300)
+        await house.clients.until(lambda: house.clients.num_tokens() > 5)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if want == "disk":
+            monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))  # no folder can be made there
+        else:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4, limits[1]))  # those that are open stay open
+        try:
+            house.send(signal.SIGKILL)
+            await house.clients.until(lambda: house.supervisor.phase is Phase.RESTARTING)
+            words = "full" if want == "disk" else "Too many open files"
+            for _ in range(1000):
+                if words in house.supervisor.reason:
+                    break
+                await asyncio.sleep(0.02)
+            assert words in house.supervisor.reason
+            assert house.supervisor.is_live
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            monkeypatch.undo()
+        await house.clients.until(lambda: house.clients.finished)
+        house.check("a", 300)
 
     run(use)
