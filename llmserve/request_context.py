@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmserve.rate_limit import RateLimits
 
@@ -46,7 +47,9 @@ class RequestContext:
 
     tenant: Tenant = field(default_factory=lambda: EVERYONE)
     request_id: str = ""  # the client's X-Request-Id, else ours
-    trace_id: str = ""  # W3C trace context, as it came in
+    trace_id: str = ""  # of W3C trace context
+    traceparent: str = ""  # what the client is told of it
+    span: Any = None  # OpenTelemetry's, while it lasts
     route: str = ""
     arrival_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None  # when the answer is no longer wanted

@@ -30,7 +30,8 @@ Headers = dict[bytes, bytes]
 
 
 class Door:
-    """Admits, limits the time of, and accounts for every HTTP request. `on_end` hears of each when it is over."""
+    """Admits, limits the time of, and accounts for every HTTP request. `on_begin` hears of each, and of its
+    `traceparent`, `on_end` when it is over."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Door:
         *,
         gatekeeper: Gatekeeper,
         request_timeout_s: float = 0.0,
-        on_begin: Callable[[RequestContext, Headers], None] | None = None,
+        on_begin: Callable[[RequestContext, str], None] | None = None,
         on_end: Callable[[RequestContext], None] | None = None,
     ) -> None:
         self._app = app
@@ -60,7 +61,7 @@ class Door:
         token = CURRENT_REQUEST.set(context)
         answer = _Answer(scope, send, context, keeps_id=b"x-request-id" in headers)
         if self._on_begin is not None:
-            self._on_begin(context, headers)
+            self._on_begin(context, headers.get(b"traceparent", b"").decode("latin-1"))
         try:
             context.tenant = self._admit(scope, headers)
             await self._run(scope, receive, answer, headers)
@@ -144,6 +145,8 @@ class _Answer:
             headers = [pair for pair in headers if pair[0].lower() != b"x-request-id"]
         if self._keeps_id or b"x-request-id" not in names:
             headers.append((b"x-request-id", context.request_id.encode()))
+        if context.traceparent:
+            headers.append((b"traceparent", context.traceparent.encode()))
         headers += context.tenant.limits.headers(time.monotonic())
         message["headers"] = headers
 
