@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmserve.errors import RateLimitError
 from llmserve.rate_limit import RateLimits
 
 
@@ -36,6 +37,16 @@ class Tenant:
     share: float = 1.0  # the most it may take of what the server queues, 0 to 1
     limits: RateLimits = field(default_factory=RateLimits)
     usage: TenantUsage = field(default_factory=TenantUsage)
+
+    def require_tokens(self, tokens: float, now_s: float) -> None:
+        """Raises RateLimitError if the key may not have so many now."""
+        bucket = self.limits.tokens
+        if wait_s := bucket.wait_s(tokens, now_s):
+            self.usage.num_refused += 1
+            raise RateLimitError(
+                f"The key {self.name!r} has used its {bucket.per_minute} tokens a minute. Try again in {wait_s:.1f} s.",
+                wait_s,
+            )
 
 
 EVERYONE = Tenant(name="")
@@ -76,6 +87,13 @@ class RequestContext:
             self.deadline_s = deadline_s
             if self.on_deadline is not None:
                 self.on_deadline(deadline_s - time.monotonic() + asyncio.get_running_loop().time())
+
+    def count_input(self, model: str, num_tokens: int) -> None:
+        """Tokens that a model has read and answered without saying any: embeddings, scores, classes."""
+        self.model = model
+        self.prompt_tokens += num_tokens
+        self.tenant.usage.prompt_tokens += num_tokens
+        self.tenant.limits.tokens.take(num_tokens, time.monotonic())
 
     @property
     def itl_s(self) -> float | None:

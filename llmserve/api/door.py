@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llmserve.api.errors import error_body, error_response
 from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
 from llmserve.api.http_metrics import DIRECT_SEND
+from llmserve.api.pooling_routes import COHERE_PATHS
 from llmserve.api.scopes import http_scope
 from llmserve.api.v2_errors import error_text
 from llmserve.errors import DeadlineExceededError, InvalidRequestError, LLMServeError
@@ -107,7 +108,8 @@ class _Answer:
     def __init__(self, scope: Scope, send: Send, context: RequestContext, *, keeps_id: bool) -> None:
         self.context = context
         self._send = send
-        self._is_v2 = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
+        path: str = scope["path"]
+        self._is_v2 = (path == "/v2" or path.startswith("/v2/")) and path not in COHERE_PATHS
         self._scope = scope
         self._keeps_id = keeps_id
         self._is_stream = False

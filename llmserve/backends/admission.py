@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llmserve.backends.generation import GenerationSpec
-from llmserve.errors import QueueFullError, RateLimitError
+from llmserve.errors import QueueFullError
 from llmserve.request_context import RequestContext, Tenant
 
 _FORGET_S = 10.0  # what was measured longer ago than this counts for little
@@ -121,7 +121,7 @@ class Admission:
         tenant = context.tenant
         tokens = len(spec.prompt_token_ids) + min(spec.sampling.max_tokens, self._mean_generated)
         group = self._group(spec, tenant)
-        self._check_rate(tenant, tokens * spec.n, now_s)
+        tenant.require_tokens(tokens * spec.n, now_s)
         self._check_room(tenant, spec.n, tokens * spec.n)
         self._check_wait(tenant, group, spec.n, context.deadline_s, now_s)
         tenant.limits.tokens.take(tokens * spec.n, now_s)
@@ -170,16 +170,6 @@ class Admission:
         if self.limits.policy == "priority":
             return spec.priority
         return tenant.name if self.limits.policy == "fair" else ""
-
-    def _check_rate(self, tenant: Tenant, tokens: float, now_s: float) -> None:
-        bucket = tenant.limits.tokens
-        if wait_s := bucket.wait_s(tokens, now_s):
-            tenant.usage.num_refused += 1
-            raise RateLimitError(
-                f"The key {tenant.name!r} has used its {bucket.per_minute} tokens a minute. "
-                f"Try again in {wait_s:.1f} s.",
-                wait_s,
-            )
 
     def _check_room(self, tenant: Tenant, n: int, tokens: float) -> None:
         limits = self.limits

@@ -146,6 +146,7 @@ class SequenceState:
         context.generation_tokens += self.num_tokens
         context.num_preemptions += self.num_preemptions
         context.finish_reason = reason.value
+        context.num_restarts = self._metrics.engine_restarts - self.generation.num_restarts_before
         if self.num_tokens:
             context.queue_s = max(timing.first_scheduled_s - timing.arrival_s, context.queue_s or 0.0)
             context.prefill_s = max(timing.first_token_s - timing.first_scheduled_s, context.prefill_s or 0.0)
@@ -200,6 +201,7 @@ class LLMGeneration:
         self.spec = spec
         self.owner = owner
         self.context = context or RequestContext()
+        self.num_restarts_before = owner.metrics.engine_restarts
         tickets = tickets or Admission(AdmissionLimits()).admit(spec, self.context, arrival_s)
         self.sequences = [
             SequenceState(self, index, _params_of(spec.sampling, index), arrival_s, ticket)
