@@ -222,7 +222,7 @@ class PoolingModel:
         times = job.mean_times(total_ns)
         self._statistics.record_success(len(inputs), total_ns, job.queue_ns // len(inputs), job.times)
         self.metrics.observe_success(method, times)
-        current_request().count_input(self.name, job.num_tokens)
+        current_request().count_input(self.name, sum(job.num_tokens))
         return Pooled(rows, job.num_tokens, times, self._device)
 
     # Inside.
