@@ -70,13 +70,13 @@ async def serve(load: Load, keys: Path) -> None:
     models.add(llm, [llm.name])
     await llm.start()
     entrance = Entrance(DoorConfig(api_keys=str(keys)), metrics)
-    config = entrance.http_config(create_app(models, ApiSettings(), metrics, None, entrance), 1.0)
+    config = entrance.http_config(create_app(models, ApiSettings(), metrics, entrance=entrance), 1.0)
     config.host, config.port = "127.0.0.1", 0
     server = uvicorn.Server(config)
     listener = config.bind_socket()
     print(listener.getsockname()[1], flush=True)
     await server.serve(sockets=[listener])
-    await llm.shutdown(drain=False, timeout_s=5)
+    await llm.shutdown(5.0)
 
 
 @contextmanager

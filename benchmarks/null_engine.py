@@ -79,7 +79,7 @@ def main() -> None:
         weight_format="none",
         weight_bytes=0,
         activation_bytes=0,
-        kv_cache_bytes=0,
+        kv_cache_bytes=1,  # none at all would be no plan
         available_bytes=0,
         block_size=BLOCK_SIZE,
         num_blocks=NUM_BLOCKS,
