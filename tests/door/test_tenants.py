@@ -42,12 +42,12 @@ def test_who_asks_too_often_is_told_when_to_come_back(serve_guarded: ServeGuarde
         first = alice.post("/v1/chat/completions", json=ASK)
         assert first.headers["x-ratelimit-limit-requests"] == "2"
         assert first.headers["x-ratelimit-remaining-requests"] == "1"
-        assert first.headers["x-ratelimit-reset-requests"] in ("30s", "29.999s")
+        assert 0 < float(first.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 30
         alice.post("/v1/chat/completions", json=ASK)
         refused = alice.post("/v1/chat/completions", json=ASK)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert 28 <= int(refused.headers["retry-after"]) <= 30
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
         refused_v2 = alice.get("/v2/models/m/ready")
         assert (refused_v2.status_code, set(refused_v2.json())) == (429, {"error"})
     with served.client(keys["bob"]) as bob:
