@@ -8,6 +8,8 @@ import sys
 MODULES = (
     "bench_scheduler",  # host cost of a step
     "bench_server",  # server process, a streamed token
+    "bench_overload",  # ten times the capacity
+    "bench_fairness",  # a flood beside a quiet tenant
     "bench_general",  # general models, a request
     "bench_cpu_kernels",  # kernels against the machine's limits
     "bench_decode",  # weight formats, tokens a second

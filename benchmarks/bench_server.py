@@ -56,7 +56,7 @@ async def serve(step_s: float) -> None:
             create_app(models, ApiSettings(), metrics), http="httptools", log_level="warning", lifespan="off"
         )
         await uvicorn.Server(config).serve(sockets=[listener])
-    await llm.shutdown(drain=False)
+    await llm.shutdown(5.0)
 
 
 def read_streams(port: int, streams: int, tokens: int) -> int:

@@ -1,6 +1,7 @@
 """An engine process whose model is nothing: real messages, real scheduler, tokens ready made, at a chosen pace.
 
-Started in place of `llmserve.engine.process`, with the time of a step (seconds, 0: as fast as it goes) as its argument.
+Started in place of `llmserve.engine.process`, with the time of a step (seconds, 0: as fast as it goes) as its argument,
+then maybe how many sequences run at once and the scheduling policy.
 """
 
 from __future__ import annotations
@@ -62,28 +63,29 @@ def main() -> None:
     def send(message: FromEngine) -> None:
         outbox.send(encoder.encode(message))
 
+    step_s, max_seqs, policy = float(sys.argv[1]), int((sys.argv[2:] or [MAX_SEQS])[0]), (sys.argv[3:] or ["fcfs"])[0]
     budget = FixedBudget(BUDGET)
     scheduler = Scheduler(
         KVCacheManager(NUM_BLOCKS, BLOCK_SIZE),
-        policy=make_policy("fcfs"),
+        policy=make_policy(policy),
         budget=budget,
-        max_num_seqs=MAX_SEQS,
+        max_num_seqs=max_seqs,
         max_model_len=MAX_LEN,
     )
-    core = EngineCore(scheduler, budget, NullRunner(float(sys.argv[1])), time.monotonic)
+    core = EngineCore(scheduler, budget, NullRunner(step_s), time.monotonic)
     plan = MemoryPlan(
         device="none",
         dtype="none",
         weight_format="none",
         weight_bytes=0,
         activation_bytes=0,
-        kv_cache_bytes=0,
+        kv_cache_bytes=1,  # none at all would be no plan
         available_bytes=0,
         block_size=BLOCK_SIZE,
         num_blocks=NUM_BLOCKS,
         num_tokens=NUM_BLOCKS * BLOCK_SIZE,
         max_model_len=MAX_LEN,
-        max_num_seqs=MAX_SEQS,
+        max_num_seqs=max_seqs,
         max_num_batched_tokens=BUDGET,
         vocab_size=49152,
     )

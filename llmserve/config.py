@@ -67,11 +67,13 @@ class EngineConfig:
     max_model_len: int | None = setting(None, "Longest context, prompt and answer together, in tokens.")
     max_num_seqs: int | None = setting(None, "Most sequences that run at once.")
     max_queued_seqs: int = setting(4096, "Most sequences in flight, waiting ones too; beyond it requests get a 429.")
+    max_queued_tokens: int = setting(2**20, "Most tokens that wait, prompts and probable answers; beyond it: 429.")
+    max_queue_time_s: float = setting(60.0, "A request that would wait longer for its turn gets a 429; 0: none does.")
     max_num_batched_tokens: int | None = setting(None, "Token budget of a step.")
     kv_cache_memory: int | None = setting(None, "Memory for the KV cache, e.g. 2GiB.", kind="bytes")
     block_size: int = setting(16, "Tokens in a KV cache block.")
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings.")
-    scheduling_policy: str = setting("fcfs", "Order of waiting requests.", choices=("fcfs", "priority"))
+    scheduling_policy: str = setting("fcfs", "Order of waiting requests.", choices=("fcfs", "priority", "fair"))
     itl_slowdown: float = setting(
         2.0,
         "While others decode, prompts may stretch a step to this multiple of a decode-only step; 0: off.",
@@ -88,7 +90,8 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_threads"):
             _require_at_least(self, name, 1)
         _require_at_least(self, "max_logprobs", 0)
-        _require_at_least(self, "max_queued_seqs", 1)
+        for name, least in (("max_queued_seqs", 1), ("max_queued_tokens", 1), ("max_queue_time_s", 0)):
+            _require_at_least(self, name, least)
         for name in ("device", "dtype", "quantization", "speculation"):
             _require_choice(self, name)
         if self.block_size < 16 or self.block_size % 16:

@@ -68,6 +68,18 @@ class ForbiddenError(LLMServeError):
     code = "permission_denied"
 
 
+class StreamGoneError(LLMServeError):
+    """There is no stream to continue: there never was, or there is no longer."""
+
+    code = "stream_not_found"
+
+
+class StreamConflictError(InvalidRequestError):
+    """The same idempotency key came with another request."""
+
+    code = "idempotency_key_reused"
+
+
 class NotReadyError(LLMServeError):
     """The model is loading, draining, stalled or dead."""
 

@@ -58,6 +58,8 @@ class EngineRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True)
     params: SamplingParams
     arrival_s: float
     priority: int = 0  # lower runs first
+    tenant: str = ""  # whose it is, and that tenant's part of the tokens: for the policy `fair`
+    weight: float = 1.0
     cache_salt: str = ""  # requests share cached blocks only within one salt
     output_token_ids: list[int] = []
 

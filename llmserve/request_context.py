@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
+from llmserve.errors import RateLimitError
 from llmserve.rate_limit import RateLimits
 
 
@@ -36,6 +38,16 @@ class Tenant:
     limits: RateLimits = field(default_factory=RateLimits)
     usage: TenantUsage = field(default_factory=TenantUsage)
 
+    def require_tokens(self, tokens: float, now_s: float) -> None:
+        """Raises RateLimitError if the key may not have so many now."""
+        bucket = self.limits.tokens
+        if wait_s := bucket.wait_s(tokens, now_s):
+            self.usage.num_refused += 1
+            raise RateLimitError(
+                f"The key {self.name!r} has used its {bucket.per_minute} tokens a minute. Try again in {wait_s:.1f} s.",
+                wait_s,
+            )
+
 
 EVERYONE = Tenant(name="")
 
@@ -46,7 +58,9 @@ class RequestContext:
 
     tenant: Tenant = field(default_factory=lambda: EVERYONE)
     request_id: str = ""  # the client's X-Request-Id, else ours
-    trace_id: str = ""  # W3C trace context, as it came in
+    trace_id: str = ""  # of W3C trace context
+    traceparent: str = ""  # what the client is told of it
+    span: Any = None  # OpenTelemetry's, while it lasts
     route: str = ""
     arrival_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None  # when the answer is no longer wanted
@@ -73,6 +87,13 @@ class RequestContext:
             self.deadline_s = deadline_s
             if self.on_deadline is not None:
                 self.on_deadline(deadline_s - time.monotonic() + asyncio.get_running_loop().time())
+
+    def count_input(self, model: str, num_tokens: int) -> None:
+        """Tokens that a model has read and answered without saying any: embeddings, scores, classes."""
+        self.model = model
+        self.prompt_tokens += num_tokens
+        self.tenant.usage.prompt_tokens += num_tokens
+        self.tenant.limits.tokens.take(num_tokens, time.monotonic())
 
     @property
     def itl_s(self) -> float | None:

@@ -59,7 +59,11 @@ class _Server:
         self._metrics = Metrics(vllm_names=config.server.vllm_metrics)
         self._models = ServedModels()
         server = config.server
-        self._api = ApiSettings(max_body_bytes=server.max_body_bytes, keep_alive_s=server.keep_alive_s)
+        self._api = ApiSettings(
+            max_body_bytes=server.max_body_bytes,
+            keep_alive_s=server.keep_alive_s,
+            resume_window_s=config.door.resume_window_s,
+        )
         sources = [(entry, self._fetch(entry.model or DEFAULT_LLM)) for entry in config.models]
         self._sources = [(entry, source) for entry, source in sources if not is_pooling_folder(source.path)]
         pooling = [(entry, source) for entry, source in sources if is_pooling_folder(source.path)]
@@ -100,6 +104,7 @@ class _Server:
             # HTTP is over: what is still in flight has nobody to read it
             grace_s = 0.0 if http.force_exit else _ENGINE_GRACE_S
             await asyncio.gather(self._general.stop(grace_s), self._llms.stop(grace_s))
+            self._entrance.close()
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+from llmserve.errors import InvalidRequestError
 from llmserve.messages import EngineRequest, FinishReason, SamplingParams
 from llmserve.scheduler.output import NewRequestData
 
@@ -112,6 +113,24 @@ class Request:
             self.finish_reason = FinishReason.LENGTH
             return True
         return False
+
+
+def check_prompt(num_prompt_tokens: int, num_pool_tokens: int, max_model_len: int) -> None:
+    """Raises InvalidRequestError for a prompt that could never run: empty, or beyond the KV cache or the context."""
+    if not num_prompt_tokens:
+        raise InvalidRequestError("The prompt is empty: give at least one token.", "prompt")
+    if num_prompt_tokens >= num_pool_tokens:
+        raise InvalidRequestError(
+            f"The prompt has {num_prompt_tokens} tokens, but the KV cache holds {num_pool_tokens} in all, "
+            "one of them for the answer. Shorten the prompt, or give the server more --kv-cache-memory.",
+            "prompt",
+        )
+    if num_prompt_tokens >= max_model_len:
+        raise InvalidRequestError(
+            f"The prompt has {num_prompt_tokens} tokens, but the context is {max_model_len} tokens, one of "
+            "them for the answer. Shorten the prompt.",
+            "prompt",
+        )
 
 
 def _depends_on_output(params: SamplingParams) -> bool:

@@ -16,7 +16,7 @@ from llmserve.scheduler.budget import TokenBudget
 from llmserve.scheduler.drafts import MAX_STEP_DRAFTS, DraftCandidate, Drafter
 from llmserve.scheduler.output import ResumedRequestData, SchedulerOutput
 from llmserve.scheduler.policy import Policy
-from llmserve.scheduler.request import Request, RequestStatus
+from llmserve.scheduler.request import Request, RequestStatus, check_prompt
 from llmserve.scheduler.request_queue import RequestQueue
 
 
@@ -107,23 +107,10 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises InvalidRequestError if it could never run, and then knows nothing of it."""
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         if request.request_id in self._requests:
             raise InvalidRequestError(f"The request id {request.request_id!r} is in use.", "request_id")
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("The prompt is empty: give at least one token.", "prompt")
-        if num_tokens >= self._num_pool_tokens:
-            raise InvalidRequestError(
-                f"The prompt has {num_tokens} tokens, but the KV cache holds {self._num_pool_tokens} in all, "
-                "one of them for the answer. Shorten the prompt, or give the server more --kv-cache-memory.",
-                "prompt",
-            )
-        if num_tokens >= self._max_model_len:
-            raise InvalidRequestError(
-                f"The prompt has {num_tokens} tokens, but the context is {self._max_model_len} tokens, one of "
-                "them for the answer. Shorten the prompt.",
-                "prompt",
-            )
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        check_prompt(num_tokens, self._num_pool_tokens, self._max_model_len)
         key = (self._policy.rank(request), request.arrival_s, self._num_added)
         self._num_added += 1
         added = Request(request, key, self._max_model_len)
@@ -150,8 +137,10 @@ class Scheduler:
         self._finished_ids = []
         self._stats = EngineStats(0, 0, 0, self._kv_cache.num_blocks)
         num_tokens = self._budget.next_step(len(self._running))
-        num_left = self._schedule_running(output, num_tokens)
-        if not output.preempted_ids:  # blocks are short: who waits would only take them from those that run
+        num_kept = self._make_way(output, num_tokens)
+        num_displaced = len(output.preempted_ids)
+        num_left = self._schedule_running(output, num_tokens - num_kept) + num_kept
+        if len(output.preempted_ids) == num_displaced:  # else blocks are short, and those that run need them
             num_left = self._admit_waiting(output, num_left, now_s)
         output.total_num_scheduled_tokens = num_tokens - num_left
         if self._drafter is not None and num_left and not output.preempted_ids:
@@ -234,6 +223,20 @@ class Scheduler:
         request.num_slots += len(block_ids) * kv_cache.block_size
         output.new_block_ids[request.request_id] = block_ids
         return True
+
+    def _make_way(self, output: SchedulerOutput, num_tokens: int) -> int:
+        """How many tokens of the step are kept for the first that waits, if the policy wants it served at once.
+
+        Where there is neither seat nor block for it, the last that runs is given up.
+        """
+        waiting, running = self._waiting, self._running
+        if not (waiting and running and self._policy.makes_way(waiting.first, running.last)):
+            return 0
+        num_new = waiting.first.num_tokens
+        num_free_slots = (self._kv_cache.num_free_blocks - self._num_watermark_blocks) * self._kv_cache.block_size
+        if len(running) >= self._max_num_seqs or num_free_slots < num_new:
+            self._preempt(running.last, output)
+        return min(num_new, (num_tokens - len(running)) // 2)
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
         """Takes a running request's blocks; it will be recomputed, from whatever of them is still cached then."""
@@ -323,6 +326,7 @@ class Scheduler:
 
     def _start(self, request: Request, was_looked_up: bool, now_s: float) -> None:
         """Notes what a request that is scheduled for the first time found. Recomputations are no cache statistics."""
+        self._policy.started(request)
         request.first_scheduled_s = now_s
         request.num_cached_tokens = request.num_computed_tokens
         if was_looked_up:
@@ -338,6 +342,7 @@ class Scheduler:
             self._waiting.remove(request)
         if request.status is not RequestStatus.WAITING:
             self._finished_ids.append(request.request_id)
+        self._policy.finished(request)
         self._kv_cache.remove(request.request_id)
         if self._drafter is not None:
             self._drafter.forget(request.request_id)

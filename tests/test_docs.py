@@ -42,7 +42,7 @@ def test_every_flag_the_readme_names_exists() -> None:
 
 
 def test_every_command_the_readme_names_exists() -> None:
-    assert set(re.findall(r"llmserve (serve|chat|bench|models|pull)\b", README)) <= set(subparsers())
+    assert set(re.findall(r"llmserve (serve|chat|bench|models|pull|keys)\b", README)) <= set(subparsers())
 
 
 def test_python_examples_compile() -> None:

@@ -22,6 +22,7 @@ from llmserve.api.protocol import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
+from llmserve.api.resume import ResumableStreams
 from llmserve.api.settings import ApiSettings
 from llmserve.api.triton_metrics import GeneralModelMetrics
 from llmserve.api.v2_http import install_v2_http
@@ -46,7 +47,14 @@ def create_app(
     """
     app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
     pooling = pooling or NoPoolingModels()
-    context = ApiContext(models=models, pooling=pooling, settings=settings, metrics=metrics, plane=plane)
+    context = ApiContext(
+        models=models,
+        pooling=pooling,
+        settings=settings,
+        metrics=metrics,
+        plane=plane,
+        streams=ResumableStreams(settings.resume_window_s),
+    )
     metrics.register(PoolingCollector(lambda: pooling.metrics), bytes)
     install_error_handlers(app)
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)

@@ -17,11 +17,12 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 async def read_json_object(request: Request, max_body_bytes: int) -> dict[str, Any]:
-    """The body as a dict.
+    """The body as a dict. Raises UnsupportedMediaTypeError, RequestTooLargeError, InvalidRequestError."""
+    return decode_object(await read_json_body(request, max_body_bytes))
 
-    msgspec's decoder is strict where Python's is lenient: no NaN, no Infinity, no lone surrogates, UTF-8 only, and a
-    bounded depth. Raises UnsupportedMediaTypeError, RequestTooLargeError, InvalidRequestError.
-    """
+
+async def read_json_body(request: Request, max_body_bytes: int) -> bytes:
+    """The body, not looked at yet. Raises UnsupportedMediaTypeError, RequestTooLargeError."""
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json" and not (
@@ -30,7 +31,15 @@ async def read_json_object(request: Request, max_body_bytes: int) -> dict[str, A
         raise UnsupportedMediaTypeError(
             f"The body must be sent with the header 'Content-Type: application/json', not {content_type!r}."
         )
-    body = await _read(request, max_body_bytes)
+    return await _read(request, max_body_bytes)
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """A JSON object as a dict.
+
+    msgspec's decoder is strict where Python's is lenient: no NaN, no Infinity, no lone surrogates, UTF-8 only, and a
+    bounded depth. Raises InvalidRequestError.
+    """
     try:
         value = msgspec.json.decode(body)
     except RecursionError:

@@ -17,7 +17,6 @@ from llmserve.api.prompts import tokenize_chat
 from llmserve.api.protocol import ChatCompletionRequest
 from llmserve.api.sampling import Wanted, build_spec, check_request, tokenize_bad_words
 from llmserve.api.serving import run_stream, run_whole
-from llmserve.api.validation import parse_request
 from llmserve.backends.generation import Generation, GenerationDelta
 from llmserve.errors import InvalidRequestError
 from llmserve.tokenizer import Tokenizer
@@ -25,8 +24,7 @@ from llmserve.tokenizer import Tokenizer
 
 async def chat_completions(http_request: Request, context: ApiContext) -> Response:
     """Answers one request, as a stream if it asks for one."""
-    body = await context.read_json(http_request)
-    request = parse_request(ChatCompletionRequest, body)
+    request = await context.read_request(http_request, ChatCompletionRequest)
     generator = context.ready_generator(request.model)
     wanted = _wanted(request)
     check_request(request, wanted, generator, context.settings)
@@ -42,7 +40,9 @@ async def chat_completions(http_request: Request, context: ApiContext) -> Respon
 
     if request.stream:
         shape = ChatShape(generator.tokenizer, request, prompt)
-        return run_stream(start, shape, spec.n, usage, envelope, request.stream_options, generator.name, context)
+        asked = request.model_dump_json(exclude_none=True).encode()
+        options = request.stream_options
+        return run_stream(http_request, start, shape, spec.n, usage, envelope, options, generator.name, context, asked)
     whole = await run_whole(http_request, start, spec.n, usage, generator.name, context)
     answer = {
         **envelope,

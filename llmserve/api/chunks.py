@@ -7,6 +7,8 @@ that made the pieces, so that there is one shape only.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from llmserve.backends.generation import GenerationDelta
 _encode_json = msgspec.json.Encoder().encode
 _TEXT = msgspec.Raw(b"\x00")  # where the text goes; an encoder escapes this byte wherever else it could stand
 _DONE = b"data: [DONE]\n\n"
+NO_IDS: Iterator[bytes] = itertools.repeat(b"")
 
 
 @dataclass(slots=True)
@@ -79,42 +82,46 @@ class ChunkEncoder:
         *,
         include_usage: bool,
         continuous_usage: bool,
+        ids: Iterator[bytes] = NO_IDS,
     ) -> None:
+        """`ids` gives what stands before each event: `id: 1` and so on, or nothing."""
         self._envelope = envelope
         self._shape = shape
         self._usage = usage
         self._num_choices = num_choices
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
+        self._ids = ids
         self._pieces = [self._chunk(shape.plain(index, _TEXT)).split(b"\x00") for index in range(num_choices)]
 
     def opening(self) -> bytes:
         """The role chunks of chat."""
         choices = [self._shape.opening(index) for index in range(self._num_choices)]
-        return b"".join(self._chunk(choice) for choice in choices if choice is not None)
+        return b"".join(next(self._ids) + self._chunk(choice) for choice in choices if choice is not None)
 
     def encode(self, deltas: list[GenerationDelta]) -> bytes:
         """Raises LLMServeError if a sequence has failed."""
         chunks: list[bytes] = []
+        ids = self._ids
         for delta in deltas:
             self._usage.add(delta)
             if delta.finish_reason is None and not self._continuous_usage and self._shape.is_plain(delta):
                 if delta.text:  # else the token has not completed a character yet
                     before, after = self._pieces[delta.index]
-                    chunks += before, _encode_json(delta.text), after
+                    chunks += next(ids), before, _encode_json(delta.text), after
                 continue
             raise_if_failed(delta)
             choice = self._shape.full(delta)
             if choice is not None:
-                chunks.append(self._chunk(choice))
+                chunks += next(ids), self._chunk(choice)
         return b"".join(chunks)
 
     def closing(self) -> bytes:
         """The usage chunk if it was asked for, and [DONE]."""
         if not self._include_usage:
-            return _DONE
+            return next(self._ids) + _DONE
         chunk = {**self._envelope, "object": self._shape.object_name, "choices": [], "usage": self._usage.as_dict()}
-        return b"data: " + _encode_json(chunk) + b"\n\n" + _DONE
+        return next(self._ids) + b"data: " + _encode_json(chunk) + b"\n\n" + next(self._ids) + _DONE
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         chunk = {**self._envelope, "object": self._shape.object_name, "choices": [choice]}

@@ -20,7 +20,6 @@ from llmserve.api.logprobs import CompletionLogprobs, prompt_logprobs
 from llmserve.api.protocol import CompletionRequest
 from llmserve.api.sampling import Wanted, build_spec, check_request, check_token_ids, tokenize_bad_words
 from llmserve.api.serving import run_stream, run_whole
-from llmserve.api.validation import parse_request
 from llmserve.backends.generation import Generation, GenerationDelta, GenerationSpec, TextGenerator
 from llmserve.errors import InvalidRequestError
 from llmserve.messages import TokenLogprobs
@@ -39,7 +38,7 @@ class Prompt:
 
 async def completions(http_request: Request, context: ApiContext) -> Response:
     """Answers one request, as a stream if it asks for one."""
-    request = parse_request(CompletionRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, CompletionRequest)
     generator = context.ready_generator(request.model)
     wanted = _wanted(request)
     check_request(request, wanted, generator, context.settings)
@@ -59,7 +58,10 @@ async def completions(http_request: Request, context: ApiContext) -> Response:
     shape = CompletionShape(generator.tokenizer, request, prompts, specs[0].n)
     if request.stream:
         options = request.stream_options
-        return run_stream(start, shape, num_choices, usage, envelope, options, generator.name, context)
+        asked = request.model_dump_json(exclude_none=True).encode()
+        return run_stream(
+            http_request, start, shape, num_choices, usage, envelope, options, generator.name, context, asked
+        )
     whole = await run_whole(http_request, start, num_choices, usage, generator.name, context)
     answer = {
         **envelope,

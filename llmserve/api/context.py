@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llmserve.api.body import read_json_object
+from llmserve.api.body import decode_object, read_json_body, read_json_object
 from llmserve.api.directory import ModelDirectory, PoolingDirectory
+from llmserve.api.resume import ResumableStreams
 from llmserve.api.settings import ApiSettings
+from llmserve.api.validation import RequestModel, parse_request
 from llmserve.backends.generation import TextGenerator
 from llmserve.errors import InvalidRequestError, NotReadyError
 from llmserve.metrics import Metrics
@@ -35,10 +38,21 @@ class ApiContext:
     settings: ApiSettings
     metrics: Metrics
     plane: DataPlane | None = None  # general models, where they are served
+    streams: ResumableStreams = field(default_factory=lambda: ResumableStreams(0.0))
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The body as a JSON object. Raises InvalidRequestError."""
         return await read_json_object(request, self.settings.max_body_bytes)
+
+    async def read_request(self, request: Request, model: type[RequestModel]) -> RequestModel:
+        """The body as `model`. A large one is checked in a thread: it takes up to a second, and streams want to flow.
+
+        Raises InvalidRequestError.
+        """
+        body = await read_json_body(request, self.settings.max_body_bytes)
+        if len(body) <= self.settings.inline_parse_bytes:
+            return parse_request(model, decode_object(body))
+        return await asyncio.to_thread(lambda: parse_request(model, decode_object(body)))
 
     def generator(self, name: str | None) -> TextGenerator:
         """The model a request means. Raises InvalidRequestError, ModelNotFoundError."""

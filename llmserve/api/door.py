@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llmserve.api.errors import error_body, error_response
 from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
 from llmserve.api.http_metrics import DIRECT_SEND
+from llmserve.api.pooling_routes import COHERE_PATHS
 from llmserve.api.scopes import http_scope
 from llmserve.api.v2_errors import error_text
 from llmserve.errors import DeadlineExceededError, InvalidRequestError, LLMServeError
@@ -30,7 +31,8 @@ Headers = dict[bytes, bytes]
 
 
 class Door:
-    """Admits, limits the time of, and accounts for every HTTP request. `on_end` hears of each when it is over."""
+    """Admits, limits the time of, and accounts for every HTTP request. `on_begin` hears of each, and of its
+    `traceparent`, `on_end` when it is over."""
 
     def __init__(
         self,
@@ -38,7 +40,7 @@ class Door:
         *,
         gatekeeper: Gatekeeper,
         request_timeout_s: float = 0.0,
-        on_begin: Callable[[RequestContext, Headers], None] | None = None,
+        on_begin: Callable[[RequestContext, str], None] | None = None,
         on_end: Callable[[RequestContext], None] | None = None,
     ) -> None:
         self._app = app
@@ -60,7 +62,7 @@ class Door:
         token = CURRENT_REQUEST.set(context)
         answer = _Answer(scope, send, context, keeps_id=b"x-request-id" in headers)
         if self._on_begin is not None:
-            self._on_begin(context, headers)
+            self._on_begin(context, headers.get(b"traceparent", b"").decode("latin-1"))
         try:
             context.tenant = self._admit(scope, headers)
             await self._run(scope, receive, answer, headers)
@@ -106,7 +108,8 @@ class _Answer:
     def __init__(self, scope: Scope, send: Send, context: RequestContext, *, keeps_id: bool) -> None:
         self.context = context
         self._send = send
-        self._is_v2 = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
+        path: str = scope["path"]
+        self._is_v2 = (path == "/v2" or path.startswith("/v2/")) and path not in COHERE_PATHS
         self._scope = scope
         self._keeps_id = keeps_id
         self._is_stream = False
@@ -144,6 +147,8 @@ class _Answer:
             headers = [pair for pair in headers if pair[0].lower() != b"x-request-id"]
         if self._keeps_id or b"x-request-id" not in names:
             headers.append((b"x-request-id", context.request_id.encode()))
+        if context.traceparent:
+            headers.append((b"traceparent", context.traceparent.encode()))
         headers += context.tenant.limits.headers(time.monotonic())
         message["headers"] = headers
 

@@ -16,30 +16,46 @@ from starlette.types import ASGIApp
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
 from llmserve.api.http_server import http_config, open_tls
+from llmserve.api.journal import Journal
 from llmserve.api.tenant_metrics import TenantMetrics
+from llmserve.api.tracing import Tracer, open_tracer, pass_on, read_traceparent
 from llmserve.api.v2_grpc_door import GrpcDoor
 from llmserve.api_keys import ApiKeys
 from llmserve.config import DoorConfig
 from llmserve.metrics import Metrics
+from llmserve.request_context import RequestContext
 
-_CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-Id")
-_CORS_EXPOSED = ("Retry-After", "X-Request-Id")
+_CORS_HEADERS = (
+    *("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"),
+    *("traceparent", "tracestate", "X-Request-Id", "X-Request-Timeout"),
+)
+_CORS_EXPOSED = ("Retry-After", "traceparent", "X-Request-Id")
 
 
 class Entrance:
     """Raises ConfigError if the keys or the certificate cannot be used."""
 
-    def __init__(self, config: DoorConfig | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, config: DoorConfig | None = None, metrics: Metrics | None = None, tracer: Tracer | None = None
+    ) -> None:
         self._config = config = config or DoorConfig()
         keys = ApiKeys(Path(config.api_keys)) if config.api_keys else None
         self._gatekeeper = Gatekeeper(keys)
         self._tls = open_tls(config)
+        self._journal = Journal(config.request_log, config.slow_request_s)
+        self._tracer = tracer or (open_tracer() if config.otel else None)
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
     def install(self, app: Starlette) -> None:
         """Puts the door before everything that `app` has so far."""
-        app.add_middleware(Door, gatekeeper=self._gatekeeper, request_timeout_s=self._config.request_timeout_s)
+        app.add_middleware(
+            Door,
+            gatekeeper=self._gatekeeper,
+            request_timeout_s=self._config.request_timeout_s,
+            on_begin=self._begin,
+            on_end=self._end,
+        )
         if self._config.cors_origin:  # before the door: a preflight carries no key
             app.add_middleware(
                 CORSMiddleware,
@@ -51,11 +67,28 @@ class Entrance:
 
     def grpc_door(self) -> GrpcDoor:
         """The interceptor before all others."""
-        return GrpcDoor(self._gatekeeper)
+        return GrpcDoor(self._gatekeeper, self._begin, self._end)
 
     def grpc_credentials(self) -> Any:
         """None without TLS."""
         return None if self._tls is None else self._tls.grpc_credentials()
+
+    def close(self) -> None:
+        """Sends the spans that are left."""
+        if self._tracer is not None:
+            self._tracer.shutdown()
+
+    def _begin(self, context: RequestContext, traceparent: str) -> None:
+        parent = read_traceparent(traceparent) if traceparent else None
+        if self._tracer is not None:
+            self._tracer.begin(context, parent)
+        elif parent is not None:
+            pass_on(context, parent)
+
+    def _end(self, context: RequestContext) -> None:
+        self._journal.record(context)
+        if self._tracer is not None:
+            self._tracer.end(context)
 
     def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
         """For the HTTP server."""

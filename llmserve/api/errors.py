@@ -23,6 +23,8 @@ from llmserve.errors import (
     NotReadyError,
     QueueFullError,
     RequestTooLargeError,
+    StreamConflictError,
+    StreamGoneError,
     UnauthorizedError,
 )
 from llmserve.request_context import current_request
@@ -36,6 +38,8 @@ _STATUSES: dict[type[BaseException], int] = {
     UnsupportedMediaTypeError: 415,
     RequestTooLargeError: 413,
     InvalidRequestError: 400,
+    StreamConflictError: 409,
+    StreamGoneError: 410,
     UnauthorizedError: 401,
     ForbiddenError: 403,
     ModelNotFoundError: 404,

@@ -87,6 +87,7 @@ class GenerationRequest(StrictModel):
     return_token_ids: bool | None = None
     priority: Int32 | None = None  # lower runs first
     cache_salt: CacheSalt | None = None
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds from the request's arrival
 
 
 def _as_text(value: Any) -> Any:

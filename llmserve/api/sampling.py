@@ -16,6 +16,7 @@ from llmserve.api.settings import ApiSettings
 from llmserve.backends.generation import GenerationSpec, TextGenerator
 from llmserve.errors import InvalidRequestError
 from llmserve.messages import SamplingParams
+from llmserve.request_context import current_request
 
 _GREEDY_BELOW = 1e-5  # logits divided by less would overflow; vLLM draws the line at the same place
 _SEED_MASK = 2**63 - 1
@@ -37,6 +38,8 @@ class Wanted:
 
 def check_request(request: GenerationRequest, wanted: Wanted, generator: TextGenerator, settings: ApiSettings) -> None:
     """All that can be said before the prompt is tokenised. Raises InvalidRequestError."""
+    if request.timeout is not None:
+        current_request().limit_time(request.timeout)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("'stream_options' is for streams: set 'stream' to true.", "stream_options")
     if request.n is not None:

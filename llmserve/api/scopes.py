@@ -16,7 +16,7 @@ _EXACT = {
     **dict.fromkeys(("/v2", "/v2/", "/v2/health/ready", "/v2/repository/index"), ANY),
     **dict.fromkeys(("/metrics", "/v2/models/stats"), METRICS),
     **dict.fromkeys(("/tokenize", "/detokenize", "/rerank", "/v2/rerank", "/v2/embed", "/score", "/classify"), INFER),
-    **dict.fromkeys(("/pooling", "/embed", "/invocations"), INFER),
+    **dict.fromkeys(("/pooling", "/embed", "/embed_all", "/embeddings", "/predict", "/similarity"), INFER),
 }
 _V2_MODEL = {
     "": INFER,

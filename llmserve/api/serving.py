@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,6 +14,7 @@ from llmserve.api.context import ApiContext
 from llmserve.api.disconnect import ClientDisconnectedError, run_until_disconnect
 from llmserve.api.generations import collect
 from llmserve.api.protocol import StreamOptions
+from llmserve.api.resume import AsItStands, event_ids
 from llmserve.api.stream import EventStreamResponse
 from llmserve.backends.generation import Generation, GenerationDelta
 
@@ -37,6 +39,7 @@ async def run_whole(
 
 
 def run_stream(
+    http_request: Request,
     start: Callable[[], Generation],
     shape: ChoiceShape,
     num_choices: int,
@@ -45,8 +48,14 @@ def run_stream(
     options: StreamOptions | None,
     model_name: str,
     context: ApiContext,
+    fingerprint: bytes,
 ) -> Response:
-    """The generation as chunks of `shape`. `envelope` holds id, created and model."""
+    """The generation as chunks of `shape`. `envelope` holds id, created and model.
+
+    Where streams may be continued and the request has an `Idempotency-Key`, it is started here, or found: if it runs
+    already, neither `start` nor `shape` is used. Raises LLMServeError.
+    """
+    streams = context.streams
     encoder = ChunkEncoder(
         envelope,
         shape,
@@ -54,11 +63,16 @@ def run_stream(
         num_choices,
         include_usage=options is not None and bool(options.include_usage),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        ids=event_ids(bool(streams.window_s)),
     )
-    return EventStreamResponse(
-        start,
-        encoder,
+    key = http_request.headers.get("idempotency-key")
+    respond = partial(
+        EventStreamResponse,
         keep_alive_s=context.settings.keep_alive_s,
         on_disconnect=context.metrics.model(model_name).client_disconnected,
         headers={"X-Request-Id": envelope["id"]},
     )
+    if not key or not streams.window_s:
+        return respond(start, encoder)
+    reader = streams.open(key, http_request.headers.get("last-event-id"), fingerprint, start, encoder)
+    return respond(lambda: reader, AsItStands())

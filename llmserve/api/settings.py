@@ -11,6 +11,7 @@ class ApiSettings:
 
     max_body_bytes: int = 32 * 2**20
     keep_alive_s: float = 15.0  # a stream with nothing to say sends an SSE comment this often
+    resume_window_s: float = 0.0  # a stream waits this long for a lost client; 0: none does, and events have no ids
     max_n: int = 128
     max_prompts: int = 1024  # in one request to /v1/completions
     max_sequences: int = 1024  # prompts times n

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
 
 import msgspec
 from sse_starlette.event import ServerSentEvent
@@ -22,7 +23,6 @@ from starlette.types import Receive, Scope, Send
 from llmserve.api.disconnect import ClientDisconnectedError, run_until_disconnect
 from llmserve.api.errors import error_body
 from llmserve.api.http_metrics import DIRECT_SEND
-from llmserve.backends.generation import Generation, GenerationDelta
 from llmserve.errors import LLMServeError
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,29 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE = bytes(ServerSentEvent(comment="keep-alive", sep="\n").encode())
 
 
-class EventEncoder(Protocol):
+T_co = TypeVar("T_co", covariant=True)
+T_contra = TypeVar("T_contra", contravariant=True)
+T = TypeVar("T")
+
+
+class EventSource(Protocol[T_co]):
+    """What there is to send, as it comes: a Generation, or events that are encoded already."""
+
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+
+class EventEncoder(Protocol[T_contra]):
     """Turns the news of a generation into framed events (`data: ...` and an empty line)."""
 
     def opening(self) -> bytes:
         """Events that come before the first token."""
         ...
 
-    def encode(self, deltas: list[GenerationDelta]) -> bytes:
+    def encode(self, deltas: T_contra) -> bytes:
         """One event for each delta that has something to say, joined; empty if none has."""
         ...
 
@@ -46,7 +61,7 @@ class EventEncoder(Protocol):
         ...
 
 
-class EventStreamResponse(Response):
+class EventStreamResponse(Response, Generic[T]):
     """Streams what `start` starts.
 
     Headers wait for the first token, so that whatever fails before it is answered with its HTTP status; if it takes
@@ -56,8 +71,8 @@ class EventStreamResponse(Response):
 
     def __init__(
         self,
-        start: Callable[[], Generation],
-        encoder: EventEncoder,
+        start: Callable[[], EventSource[T]],
+        encoder: EventEncoder[T],
         *,
         keep_alive_s: float,
         on_disconnect: Callable[[], None],

@@ -25,8 +25,14 @@ _STATUSES = {
 class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Admits and accounts for every call. `on_end` hears of each when it is over."""
 
-    def __init__(self, gatekeeper: Gatekeeper, on_end: Callable[[RequestContext], None] | None = None) -> None:
+    def __init__(
+        self,
+        gatekeeper: Gatekeeper,
+        on_begin: Callable[[RequestContext, str], None] | None = None,
+        on_end: Callable[[RequestContext], None] | None = None,
+    ) -> None:
         self._gatekeeper = gatekeeper
+        self._on_begin = on_begin
         self._on_end = on_end
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
@@ -68,6 +74,11 @@ class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no
         is_local = _is_local_peer(peer) and "x-forwarded-for" not in metadata
         return self._gatekeeper.admit(key, grpc_scope(method), is_local=is_local)
 
+    def began(self, context: RequestContext, traceparent: str) -> None:
+        """A call is here."""
+        if self._on_begin is not None:
+            self._on_begin(context, traceparent)
+
     def ended(self, context: RequestContext) -> None:
         """A call is over."""
         if self._on_end is not None:
@@ -87,6 +98,7 @@ class _Call:
     async def begin(self, context: Any) -> None:
         """Aborts the call if it may not be made."""
         CURRENT_REQUEST.set(self.context)  # the task is the call's own
+        self._door.began(self.context, self._metadata.get("traceparent", ""))
         try:
             self.context.tenant = self._door.admit(self._method, self._metadata, context.peer())
         except LLMServeError as error:
@@ -95,7 +107,9 @@ class _Call:
             await context.abort(_STATUSES[type(error)], error.message)
 
     def end(self, context: Any) -> None:
-        """However it ended."""
+        """However it ended. The books have HTTP's statuses: gRPC's codes are known to its own metrics."""
+        code = context.code()
+        self.context.status = 200 if code in (None, 0, grpc.StatusCode.OK) else 500
         self._door.ended(self.context)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llmserve.api.v2_errors import error_kind, error_text
 from llmserve.api.v2_settings import V2HttpSettings
-from llmserve.errors import InferenceError, InvalidRequestError, RequestTooLargeError
+from llmserve.errors import InferenceError, InvalidRequestError, QueueFullError, RequestTooLargeError
 
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
@@ -195,7 +196,8 @@ def error_answer(error: BaseException, status: int | None = None) -> HttpAnswer:
     if isinstance(error, RequestTooLargeError):
         answer.headers.append((b"connection", b"close"))  # or the rest of the body would have to be read
     if answer.status == 503:
-        answer.headers.append((b"retry-after", b"1"))
+        wait_s = error.retry_after_s if isinstance(error, QueueFullError) else 1.0
+        answer.headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
     return answer
 
 

@@ -102,7 +102,7 @@ def _must_be_honoured(name: str, value: Any, known: Mapping[str, Any]) -> bool:
     """False: `name` may be dropped, it asks for nothing. Raises for what cannot be."""
     is_neutral = UNSUPPORTED.get(name)
     if is_neutral is None:
-        raise InvalidRequestError(_unknown(name, list(known)), name)
+        raise InvalidRequestError(_unknown(name, list(known)), name[:80])
     if value is not None and not is_neutral(value):
         raise InvalidRequestError(
             f"{name!r} with the value {_shown(value)} is not supported by this server. Leave it out.", name

@@ -5,19 +5,22 @@ Detokenising, stop strings and metrics happen here, in the server process, as on
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
 
+from llmserve.backends.admission import Admission, AdmissionLimits
 from llmserve.backends.generation import GenerationSpec, SamplingDefaults
 from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
 from llmserve.engine.client import ENGINE_COMMAND
 from llmserve.engine.supervision import SupervisionSettings
 from llmserve.engine.supervisor import EngineSupervisor
-from llmserve.errors import LLMServeError, NotReadyError, QueueFullError
+from llmserve.errors import LLMServeError, NotReadyError
 from llmserve.messages import EngineReady, EngineRequest, EngineStats, LoadProgress, MemoryPlan, StepOutputs
 from llmserve.metrics import Metrics
+from llmserve.request_context import current_request
 from llmserve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,15 @@ class LLM:
         )
         self.engine = EngineSupervisor(name, config, self, self.metrics, supervision, server.log_level, engine_command)
         self._prefix_caching = config.enable_prefix_caching
-        self._max_sequences = config.max_queued_seqs
+        self._admission = Admission(
+            AdmissionLimits(
+                max_sequences=config.max_queued_seqs,
+                max_tokens=config.max_queued_tokens,
+                max_queue_time_s=config.max_queue_time_s,
+                policy=config.scheduling_policy,
+            ),
+            lambda delay_s, call: asyncio.get_running_loop().call_later(delay_s, call),
+        )
         self._sequences: dict[str, SequenceState] = {}
 
     async def start(
@@ -65,6 +76,7 @@ class LLM:
         """Loads the model. Raises what keeps it from running."""
         ready = await self.engine.start(on_plan, on_progress)
         self.max_model_len = ready.plan.max_model_len
+        self._admission.max_running = ready.plan.max_num_seqs
         plan = ready.plan
         self.vocab_size = min(self.tokenizer.vocab_size, plan.vocab_size)
         self.max_logprobs = min(self.max_logprobs, plan.vocab_size)
@@ -97,16 +109,14 @@ class LLM:
         return self.engine.reason
 
     def generate(self, request_id: str, spec: GenerationSpec) -> LLMGeneration:
-        """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or gone for good."""
+        """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or gone for good;
+        QueueFullError, RateLimitError if they may not join the queue."""
         if not self.takes_requests():
             raise NotReadyError(f"The model {self.name!r} takes no requests now. It is {self.reason}")
-        if len(self._sequences) + spec.n > self._max_sequences:
-            raise QueueFullError(
-                f"{len(self._sequences)} sequences are in flight, and with this request's {spec.n} there would be more "
-                f"than {self._max_sequences}. Try again later."
-            )
-        arrival_s = time.monotonic()
-        generation = LLMGeneration(request_id, spec, self, arrival_s)
+        context, arrival_s = current_request(), time.monotonic()
+        context.model = self.name
+        tickets = self._admission.admit(spec, context, arrival_s)
+        generation = LLMGeneration(request_id, spec, self, arrival_s, context, tickets)
         for sequence in generation.sequences:
             self._sequences[sequence.id] = sequence
             self.engine.add(
@@ -116,6 +126,8 @@ class LLM:
                     params=sequence.params,
                     arrival_s=arrival_s,
                     priority=spec.priority,
+                    tenant=context.tenant.name,
+                    weight=context.tenant.weight,
                     cache_salt=spec.cache_salt,
                 )
             )
@@ -132,6 +144,7 @@ class LLM:
         """The tokens of one step."""
         now = time.monotonic()
         self.metrics.observe_step(step.stats)
+        self._admission.num_engine_waiting = step.stats.num_waiting
         for output in step.outputs:
             # one that is not known has been aborted, or has met a stop string, while the step ran
             if (sequence := self._sequences.get(output.request_id)) is not None:

@@ -44,6 +44,7 @@ from llmserve.general_metrics import FailureReason, ModelStatistics
 from llmserve.inference import InferRequest
 from llmserve.pooling_config import PoolingConfig, read_pooling_config
 from llmserve.pooling_metrics import PoolingMetrics
+from llmserve.request_context import current_request
 from llmserve.scheduler.text_batcher import TextBatcher
 
 logger = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ class PoolingModel:
         times = job.mean_times(total_ns)
         self._statistics.record_success(len(inputs), total_ns, job.queue_ns // len(inputs), job.times)
         self.metrics.observe_success(method, times)
+        current_request().count_input(self.name, sum(job.num_tokens))
         return Pooled(rows, job.num_tokens, times, self._device)
 
     # Inside.
@@ -229,9 +231,10 @@ class PoolingModel:
         return NotReadyError(f"Model {self.name!r} is not ready: {why}")
 
     def _admit(self, num_texts: int) -> None:
-        """Raises NotReadyError, QueueFullError."""
+        """Raises NotReadyError, QueueFullError, RateLimitError."""
         if not self._serving or not self._texts.may_serve_soon():
             raise self._not_ready(self.reason or "it is restarting")
+        current_request().tenant.require_tokens(1, time.monotonic())
         limit = self._policy.max_queue_size
         if limit and len(self._texts.batcher) + num_texts > limit:
             raise QueueFullError(

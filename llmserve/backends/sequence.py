@@ -8,19 +8,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 import msgspec
 
+from llmserve.backends.admission import Admission, AdmissionLimits, Ticket
 from llmserve.backends.generation import GenerationDelta, GenerationSpec
 from llmserve.detokenizer import IncrementalDetokenizer
-from llmserve.errors import EngineDeadError, InvalidRequestError, LLMServeError
+from llmserve.errors import DeadlineExceededError, EngineDeadError, InvalidRequestError, LLMServeError
 from llmserve.messages import FinishReason, SamplingParams, SequenceOutput
 from llmserve.metrics import ModelMetrics
+from llmserve.request_context import RequestContext
 from llmserve.stop_strings import StopStringMatcher
 from llmserve.tokenizer import Tokenizer
+
+_MAX_UNREAD = 4096  # deltas of one sequence that nobody takes: a full socket holds the reader up, not the engine
 
 
 class Owner(Protocol):
@@ -45,13 +49,17 @@ class Timing:
 class SequenceState:
     """One of the `n` answers to a prompt."""
 
-    def __init__(self, generation: LLMGeneration, index: int, params: SamplingParams, arrival_s: float) -> None:
+    def __init__(
+        self, generation: LLMGeneration, index: int, params: SamplingParams, arrival_s: float, ticket: Ticket
+    ) -> None:
         spec, tokenizer = generation.spec, generation.owner.tokenizer
         self.generation = generation
         self.index = index
         self.id = generation.request_id if spec.n == 1 else f"{generation.request_id}-{index}"
         self.params = params
         self.timing = Timing(arrival_s)
+        self._ticket = ticket
+        ticket.fail = generation.fail
         self.finished = False
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -112,6 +120,7 @@ class SequenceState:
             return
         self.finished = True
         self.generation.owner.finish([self], abort)
+        self._close(reason, now)
         timing, started = self.timing, self.num_tokens > 0
         self._metrics.observe_request_finished(
             reason=reason,
@@ -124,6 +133,24 @@ class SequenceState:
             decode_s=timing.last_token_s - timing.first_token_s if started else None,
             num_preemptions=self.num_preemptions,
         )
+
+    def _close(self, reason: FinishReason, now: float) -> None:
+        """Writes down what became of it: in the queue's books, and for whoever asked."""
+        num_prompt_tokens = len(self.generation.spec.prompt_token_ids)
+        self._ticket.end(num_prompt_tokens if self.num_tokens else 0, self.num_tokens, now)
+        context, timing = self.generation.context, self.timing
+        context.completion_id = self.generation.request_id
+        context.num_sequences += 1
+        context.prompt_tokens += num_prompt_tokens
+        context.cached_tokens += self.num_cached_tokens
+        context.generation_tokens += self.num_tokens
+        context.num_preemptions += self.num_preemptions
+        context.finish_reason = reason.value
+        context.num_restarts = self._metrics.engine_restarts - self.generation.num_restarts_before
+        if self.num_tokens:
+            context.queue_s = max(timing.first_scheduled_s - timing.arrival_s, context.queue_s or 0.0)
+            context.prefill_s = max(timing.first_token_s - timing.first_scheduled_s, context.prefill_s or 0.0)
+            context.decode_s = max(timing.last_token_s - timing.first_token_s, context.decode_s or 0.0)
 
     def _match_stop(self, text: str, last: bool) -> tuple[str, str | None]:
         assert self._stop is not None
@@ -148,6 +175,7 @@ class SequenceState:
             timing.first_token_s = now
             timing.first_scheduled_s = output.first_scheduled_s
             self.num_cached_tokens = output.num_cached_tokens
+            self._ticket.start(now)
             self._metrics.observe_first_token(now - timing.arrival_s)
         else:
             num_tokens = len(output.token_ids)  # several came at once: each counts as having taken its share
@@ -159,13 +187,27 @@ class SequenceState:
 class LLMGeneration:
     """Implements `Generation`: deltas are collected as they come and handed over all at once."""
 
-    def __init__(self, request_id: str, spec: GenerationSpec, owner: Owner, arrival_s: float) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        spec: GenerationSpec,
+        owner: Owner,
+        arrival_s: float,
+        context: RequestContext | None = None,
+        tickets: Sequence[Ticket] = (),
+    ) -> None:
+        """`tickets`: one for each of the `spec.n` sequences; without any, they stand in books of their own."""
         self.request_id = request_id
         self.spec = spec
         self.owner = owner
+        self.context = context or RequestContext()
+        self.num_restarts_before = owner.metrics.engine_restarts
+        tickets = tickets or Admission(AdmissionLimits()).admit(spec, self.context, arrival_s)
         self.sequences = [
-            SequenceState(self, index, _params_of(spec.sampling, index), arrival_s) for index in range(spec.n)
+            SequenceState(self, index, _params_of(spec.sampling, index), arrival_s, ticket)
+            for index, ticket in enumerate(tickets)
         ]
+        self._max_ready = _MAX_UNREAD * spec.n
         self._num_running = spec.n
         self._ready: list[GenerationDelta] = []
         self._wakeup: asyncio.Future[None] | None = None
@@ -174,6 +216,8 @@ class LLMGeneration:
     def push(self, delta: GenerationDelta) -> None:
         """News of a sequence; wakes whoever waits for it."""
         self._ready.append(delta)
+        if len(self._ready) > self._max_ready and self._error is None:
+            self.fail(DeadlineExceededError("The client reads too slowly: the answer was given up."))
         if delta.finish_reason is not None:
             self._num_running -= 1
         self._wake()

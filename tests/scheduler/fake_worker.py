@@ -27,6 +27,8 @@ def engine_request(
     arrival_s: float = 0.0,
     priority: int = 0,
     cache_salt: str = "",
+    tenant: str = "",
+    weight: float = 1.0,
 ) -> EngineRequest:
     """A request with defaults for all that a test does not care about."""
     params = SamplingParams(
@@ -43,6 +45,8 @@ def engine_request(
         arrival_s=arrival_s,
         priority=priority,
         cache_salt=cache_salt,
+        tenant=tenant,
+        weight=weight,
     )
 
 
