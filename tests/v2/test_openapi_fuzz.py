@@ -12,11 +12,11 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 
 from llmserve.api.v2_openapi import v2_paths
+from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.repository.settings import ModelControlMode, RepositorySettings
 from tests.v2.v2_fake_model import FakeModel
 from tests.v2.v2_server import V2Server, serve_v2
 
-# `config` adds models, and files of them: a load may be told anything, but it must not change what the others find
 CONFIG = """backend: "python"
 input [ { name: "INPUT0" data_type: TYPE_FP32 dims: [ -1 ] optional: true } ]
 input [ { name: "INPUT1" data_type: TYPE_STRING dims: [ -1 ] optional: true } ]
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[V2Server]:
     repository = RepositorySettings(
         model_repository=(str(folder),), model_control_mode=ModelControlMode.EXPLICIT, load_model=("*",)
     )
-    with serve_v2(repository, FakeModel) as running:
+    with serve_v2(repository, FakeModel, V2HttpSettings(triton_error_statuses=False)) as running:
         yield running
 
 
@@ -56,7 +56,7 @@ def test_no_request_breaks_it(case: schemathesis.Case, server: V2Server) -> None
 
 def check(response: Any) -> None:
     """A success, or an error of the request's own that says what it is."""
-    assert response.status_code != 500 or b"arse" in response.content or b"failed to load" in response.content
+    assert response.status_code != 500 or b"failed to load" in response.content  # Triton's own answer to that
     assert response.status_code in (200, 400, 404, 405, 413, 500, 501, 503), response.content
     assert b"The server failed" not in response.content
     if response.status_code != 200 and response.content:
