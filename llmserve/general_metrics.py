@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmserve.histogram import Histogram
@@ -98,6 +99,7 @@ class ModelStatistics:
         self.inference_count = 0
         self.execution_count = 0
         self.pending = 0  # requests taken and not answered; a gauge
+        self.queued_by_priority: Sequence[int] = ()  # waiting now, the highest level first
         self.success = Duration()
         self.fail = Duration()
         self.failures: dict[FailureReason, int] = dict.fromkeys(FailureReason, 0)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.triton setup
     python -m benchmarks.triton run [--rounds 3] [--seconds 2] [--only identity-json] [--without-triton]
+    python -m benchmarks.triton perf-analyzer
 
 Both servers serve the same repository of Python models and are asked by the same clients, in turns, case by case. CPU
 time is the server's and its models' processes', by the kernel's accounts; the clients' is not in it.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.triton import perf_analyzer
 from benchmarks.triton.load import Counts, flood, post
 from benchmarks.triton.model_files import NUM_STREAMED, QUEUE_TIMEOUT_MS, write_repository
 from benchmarks.triton.servers import Running, install, llmserve, running, triton
@@ -110,20 +112,27 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=2.0, help="of load, each case and round (default: %(default)s)")
     run.add_argument("--only", help="one case by name, or `latency`")
     run.add_argument("--without-triton", action="store_true")
-    for command in (setup, run):
+    analyze = commands.add_parser("perf-analyzer", help="Triton's own load generator against both, HTTP and gRPC")
+    for command in (setup, run, analyze):
         command.add_argument("--work-dir", type=Path, default=cache_dir() / "peers" / "triton", help="%(default)s")
     options = parser.parse_args()
     if options.command == "setup":
         install(options.work_dir)
+        perf_analyzer.install(options.work_dir)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, or the servers would stay
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         repository = Path(scratch) / "models"
         write_repository(repository)
         chosen = [llmserve(repository)]
-        if not options.without_triton:
+        if options.command == "perf-analyzer" or not options.without_triton:
             chosen.append(triton(options.work_dir, repository))
         servers = [stack.enter_context(running(server, Path(scratch) / f"{server.name}.log")) for server in chosen]
+        if options.command == "perf-analyzer":
+            for protocol in ("http", "grpc"):
+                for server in servers:
+                    print(perf_analyzer.run(options.work_dir, server, protocol, "identity", 8), flush=True)
+            return
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(measure(servers, options))
 

@@ -59,12 +59,12 @@ def install(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
     subprocess.run([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", PYTRITON], check=True)
     shutil.rmtree(folder / "backends", ignore_errors=True)
-    bundle = _site_packages(folder) / "pytriton" / "tritonserver"
+    bundle = site_packages(folder) / "pytriton" / "tritonserver"
     shutil.copytree(bundle / "backends", folder / "backends")
     backend = folder / "backends" / "python"
     shutil.copytree(bundle / "python_backend_stubs" / "3.11", backend, dirs_exist_ok=True)
     for name in ("numpy", "numpy.libs"):  # beside the backend's own module, where the stub's interpreter looks
-        (backend / name).symlink_to(_site_packages(folder) / name)
+        (backend / name).symlink_to(site_packages(folder) / name)
     (folder / ".installed").touch()
 
 
@@ -72,7 +72,7 @@ def triton(folder: Path, repository: Path) -> Server:
     """The real one. `folder` is where `install` has put it. Raises SystemExit if it has not."""
     if not (folder / ".installed").exists():
         raise SystemExit(f"Triton is not installed in {folder}: run `python -m benchmarks.triton setup` first.")
-    packages = _site_packages(folder)
+    packages = site_packages(folder)
     command = [str(packages / "pytriton" / "tritonserver" / "bin" / "tritonserver")]
     command += [f"--model-repository={repository}", f"--backend-directory={folder / 'backends'}"]
     command += ["--http-port={http}", "--grpc-port={grpc}", "--allow-metrics=false", "--log-info=false"]
@@ -114,7 +114,8 @@ def running(server: Server, log: Path) -> Iterator[Running]:
             process.wait()
 
 
-def _site_packages(folder: Path) -> Path:
+def site_packages(folder: Path) -> Path:
+    """Of Triton's environment."""
     return next((folder / "venv" / "lib").glob("python3*")) / "site-packages"
 
 

@@ -167,6 +167,7 @@ class GeneralModel:
 
     def statistics(self) -> ModelStatistics:
         """What happened to its requests since it was made."""
+        self._statistics.queued_by_priority = self._batcher.num_queued_by_level
         return self._statistics
 
     def explain(self) -> dict[str, Any]:
