@@ -4,7 +4,7 @@
     python -m benchmarks.triton run [--rounds 3] [--seconds 2] [--only identity-json] [--without-triton]
     python -m benchmarks.triton perf-analyzer
 
-Both servers serve the same repository of Python models and are asked by the same clients, in turns, case by case. CPU
+Both servers serve the same repository of Python models and are asked by the same clients, each alone in its turn. CPU
 time is the server's and its models' processes', by the kernel's accounts; the clients' is not in it.
 """
 
@@ -18,7 +18,6 @@ import statistics
 import struct
 import sys
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,49 +120,49 @@ def main() -> None:
         perf_analyzer.install(options.work_dir)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, or the servers would stay
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as scratch:
         repository = Path(scratch) / "models"
         write_repository(repository)
         chosen = [llmserve(repository)]
         if options.command == "perf-analyzer" or not options.without_triton:
             chosen.append(triton(options.work_dir, repository))
-        servers = [stack.enter_context(running(server, Path(scratch) / f"{server.name}.log")) for server in chosen]
+        logs = Path(scratch)
         if options.command == "perf-analyzer":
-            for protocol in ("http", "grpc"):
-                for server in servers:
-                    print(perf_analyzer.run(options.work_dir, server, protocol, "identity", 8), flush=True)
+            for server in chosen:
+                with running(server, logs / f"{server.name}.log") as started:
+                    for protocol in ("http", "grpc"):
+                        print(perf_analyzer.run(options.work_dir, started, protocol, "identity", 8), flush=True)
             return
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(measure(servers, options))
+        found: dict[tuple[str, str], list[float]] = {}
+        for number in range(options.rounds):
+            for server in chosen[:: 1 if number % 2 == 0 else -1]:
+                with running(server, logs / f"{server.name}.log") as started:
+                    figures = uvloop.run(measure(started, options.only, options.seconds))
+                for key, value in figures.items():
+                    found.setdefault((key, server.name), []).append(value)
+        print_table(found, [server.name for server in chosen], options.only)
 
 
-async def measure(servers: list[Running], options: argparse.Namespace) -> None:
-    """Rounds of all cases and servers; prints a line for each case."""
-    chosen = [case for case in cases() if options.only in (None, case.name)]
-    found: dict[tuple[str, str], list[float]] = {}
-    for number in range(options.rounds):
-        turn = servers[:: 1 if number % 2 == 0 else -1]
-        for case in chosen:
-            for server in turn:
-                found.setdefault((case.name, server.name), []).append(await cpu_us(server, case, options.seconds))
-        if options.only in (None, "latency"):
-            for server in turn:
-                for what, wait_ms in (await latencies(server)).items():
-                    found.setdefault((what, server.name), []).append(wait_ms)
-    names = [server.name for server in servers]
-    print(f"{'':<34}{'predicted':>10}" + "".join(f"{name:>22}" for name in names) + f"{'target':>16}")
+async def measure(server: Running, only: str | None, seconds: float) -> dict[str, float]:
+    """One turn of one server: microseconds of CPU by case, milliseconds of the others."""
+    figures = {case.name: await cpu_us(server, case, seconds) for case in cases() if only in (None, case.name)}
+    return figures | (await latencies(server) if only in (None, "latency") else {})
+
+
+def print_table(found: dict[tuple[str, str], list[float]], names: list[str], only: str | None) -> None:
+    """A line for each case: the median of the rounds, and their range."""
+    print(f"{'':<34}{'predicted':>10}" + "".join(f"{name:>22}" for name in names) + f"{'target':>20}")
     rows: list[tuple[str, str, str, str]] = [
-        (case.name, case.title, f"{case.predicted_us:.0f}", f"<= {case.target} us") for case in chosen
+        (case.name, case.title, f"{case.predicted_us:.0f}", f"<= {case.target} us")
+        for case in cases()
+        if only in (None, case.name)
     ]
-    if options.only in (None, "latency"):
+    if only in (None, "latency"):
         rows.append(("timeout", f"{QUEUE_TIMEOUT_MS} ms queue timeout, ms", "101", "<= 105 ms"))
-        rows += [
-            ("no_delay", "lone request, no delay, p50 ms", "", ""),
-            ("delay", "with a 500 us delay, p50 ms", "", "as without"),
-        ]
+        rows.append(("no_delay", "lone request, no delay, p50 ms", "", ""))
+        rows.append(("delay", "with a 500 us delay, p50 ms", "", "as without"))
     for key, title, predicted, target in rows:
-        cells = "".join(_cell(found[key, name]) for name in names)
-        print(f"{title:<34}{predicted:>10}{cells}{target:>16}")
+        print(f"{title:<34}{predicted:>10}" + "".join(_cell(found[key, name]) for name in names) + f"{target:>20}")
 
 
 def _cell(values: list[float]) -> str:

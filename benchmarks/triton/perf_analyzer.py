@@ -56,4 +56,5 @@ def run(folder: Path, server: Running, protocol: str, model: str, concurrency: i
     if done.returncode or not found:
         raise RuntimeError(f"perf_analyzer ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
     rate, latency_us = found[-1]
-    return f"{server.name:<10}{protocol:<6}{model:<10}c={concurrency:<4}{float(rate):>9.0f} infer/s {latency_us:>8} us mean"
+    figures = f"{float(rate):>9.0f} infer/s {latency_us:>8} us mean"
+    return f"{server.name:<10}{protocol:<6}{model:<10}c={concurrency:<4}{figures}"
