@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 import time
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmserve.histogram import Histogram
@@ -97,6 +99,7 @@ class ModelStatistics:
         self.inference_count = 0
         self.execution_count = 0
         self.pending = 0  # requests taken and not answered; a gauge
+        self.queued_by_priority: Sequence[int] = ()  # waiting now, the highest level first
         self.success = Duration()
         self.fail = Duration()
         self.failures: dict[FailureReason, int] = dict.fromkeys(FailureReason, 0)
@@ -123,17 +126,18 @@ class ModelStatistics:
         """A request of `batch_size` rows was answered `request_ns` after it came, `queue_ns` of them in the queue."""
         self.last_inference_ms = time.time_ns() // 1_000_000
         self.inference_count += batch_size
-        self.success.add(request_ns)
-        self.queue.add(queue_ns)
-        self.compute_input.add(times.compute_input_ns)
-        self.compute_infer.add(times.compute_infer_ns)
-        self.compute_output.add(times.compute_output_ns)
         histograms = self.histograms
-        histograms.request_s.observe(request_ns * 1e-9)
-        histograms.queue_s.observe(queue_ns * 1e-9)
-        histograms.compute_input_s.observe(times.compute_input_ns * 1e-9)
-        histograms.compute_infer_s.observe(times.compute_infer_ns * 1e-9)
-        histograms.compute_output_s.observe(times.compute_output_ns * 1e-9)
+        for total, histogram, ns in (
+            (self.success, histograms.request_s, request_ns),
+            (self.queue, histograms.queue_s, queue_ns),
+            (self.compute_input, histograms.compute_input_s, times.compute_input_ns),
+            (self.compute_infer, histograms.compute_infer_s, times.compute_infer_ns),
+            (self.compute_output, histograms.compute_output_s, times.compute_output_ns),
+        ):
+            total.count += 1
+            total.ns += ns
+            histogram.counts[bisect_left(histogram.bounds, seconds := ns * 1e-9)] += 1
+            histogram.total += seconds
 
     def record_failure(self, reason: FailureReason, request_ns: int) -> None:
         """A request got an error `request_ns` after it came."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from llmserve.backends.model_messages import MetricSample
@@ -114,6 +114,15 @@ class GeneralModelMetrics(Collector):
                 observed = histogram(statistics)
                 family.add_metric([statistics.name, statistics.version], observed.cumulative(), observed.total)
             yield family
+        depth = GaugeMetricFamily(
+            "llmserve:inference_queue_depth",
+            "Requests that wait for an instance, by priority level; 1 is the highest.",
+            labels=["model", "version", "priority"],
+        )
+        for statistics in models:
+            for level, count in enumerate(statistics.queued_by_priority, 1):
+                depth.add_metric([statistics.name, statistics.version, str(level)], count)
+        yield depth
 
     def _labels(self, statistics: ModelStatistics) -> Labels:
         tags = {_label_name(key): value for key, value in self._plane.metric_tags(statistics.name).items()}

@@ -11,6 +11,7 @@ from typing import Any
 from tritonclient.grpc import service_pb2
 
 from llmserve.api.v2_infer_json import UNKNOWN_DATATYPE
+from llmserve.api.v2_parameters import RESERVED_PREFIX, read_common
 from llmserve.errors import InferenceError, InvalidRequestError
 from llmserve.inference import DATATYPE_SIZES, InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
 
@@ -155,23 +156,14 @@ def _read_parameters(parameters: Mapping[str, service_pb2.InferParameter], reque
     wants_final = False
     for key, parameter in parameters.items():
         value = parameter_value(parameter)
-        match key:
-            case "priority":
-                request.priority = _unsigned(key, value)
-            case "timeout":
-                request.timeout_us = _unsigned(key, value)
-            case "sequence_id":
-                request.sequence_id = value if isinstance(value, str) else _unsigned(key, value)
-            case "sequence_start":
-                request.sequence_start = _boolean(key, value)
-            case "sequence_end":
-                request.sequence_end = _boolean(key, value)
-            case "triton_enable_empty_final_response":
-                wants_final = _boolean(key, value)
-            case _ if key.startswith("triton_"):
-                raise InvalidRequestError(_RESERVED, key)
-            case _:
-                request.parameters[key] = value
+        if read_common(request, key, value, _WORDING):
+            continue
+        if key == _EMPTY_FINAL:
+            wants_final = _boolean(value, key)
+        elif key.startswith(RESERVED_PREFIX):
+            raise InvalidRequestError(_RESERVED, key)
+        else:
+            request.parameters[key] = value
     return wants_final
 
 
@@ -182,19 +174,27 @@ def _classification(output: Any) -> int:
         raise InferenceError(_SHARED_MEMORY.format(output.name), InferenceError.UNSUPPORTED)
     if "classification" not in output.parameters:
         return 0
-    count = _unsigned("classification", parameter_value(output.parameters["classification"]))
+    count = _unsigned(parameter_value(output.parameters["classification"]), "classification")
     if not count:
         raise InvalidRequestError(f"'classification' of output '{output.name}' must be at least 1", output.name)
     return count
 
 
-def _unsigned(key: str, value: Parameter) -> int:
+def _unsigned(value: Any, key: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise InvalidRequestError(f"invalid value type for '{key}' parameter, expected a non-negative integer", key)
 
 
-def _boolean(key: str, value: Parameter) -> bool:
+def _boolean(value: Any, key: str) -> bool:
     if isinstance(value, bool):
         return value
     raise InvalidRequestError(f"invalid value type for '{key}' parameter, expected bool_param.", key)
+
+
+class _GrpcWording:
+    unsigned = staticmethod(_unsigned)
+    boolean = staticmethod(_boolean)
+
+
+_WORDING = _GrpcWording()

@@ -17,7 +17,7 @@ from llmserve.api import v2_http_admin as admin
 from llmserve.api import v2_http_generate as generation
 from llmserve.api import v2_http_status as status
 from llmserve.api.v2_errors import MalformedRequestError
-from llmserve.api.v2_http_call import ClientGoneError, HttpAnswer, HttpCall, error_answer
+from llmserve.api.v2_http_call import ClientGoneError, DisconnectWatches, HttpAnswer, HttpCall, error_answer
 from llmserve.api.v2_http_infer import infer
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.errors import LLMServeError
@@ -90,6 +90,7 @@ class V2Http:
         self._plane = plane
         self._settings = settings
         self._metrics = metrics
+        self._watches = DisconnectWatches()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One exchange."""
@@ -98,7 +99,7 @@ class V2Http:
             await self._app(scope, receive, send)
             return
         begin_s = time.monotonic()
-        call = HttpCall(scope, receive, send, self._settings)
+        call = HttpCall(scope, receive, send, self._settings, self._watches)
         template, methods = _route(path.split("/")[2:], call)
         try:
             await self._answer(call, methods)

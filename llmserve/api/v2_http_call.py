@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import math
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -46,6 +47,7 @@ class HttpCall:
     """A request while it is being answered. `model`, `version`, ... are what its path says."""
 
     __slots__ = (
+        "_watches",
         "headers",
         "method",
         "model",
@@ -59,7 +61,10 @@ class HttpCall:
         "version",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: V2HttpSettings) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, settings: V2HttpSettings, watches: DisconnectWatches
+    ) -> None:
+        self._watches = watches
         self.method: str = scope["method"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.receive = receive
@@ -139,42 +144,81 @@ class HttpCall:
 
     def watch(self) -> DisconnectWatch:
         """Cancels what runs inside when the client goes. The body must have been read."""
-        return DisconnectWatch(self.receive)
+        return self._watches.watch(self.receive)
 
 
 class DisconnectWatch:
-    """Waits for the client's going only once a request takes long: an early answer pays one timer for it."""
+    """Cancels the task inside it once the client has gone. `begin` is called when a request has taken long enough."""
 
-    __slots__ = ("_gone", "_receive", "_task", "_timer", "_watcher")
+    __slots__ = ("_gone", "_receive", "_task", "_watcher", "begin_s")
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, receive: Receive, task: asyncio.Task[object], begin_s: float) -> None:
+        self.begin_s = begin_s
+        self._receive: Receive | None = receive
+        self._task: asyncio.Task[object] | None = task
         self._gone = False
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._begin)
+        return
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        task, self._task, self._receive = self._task, None, None  # the list of watches must not keep them
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._gone and kind is asyncio.CancelledError and not self._task.uncancel():
-            raise ClientGoneError from error
+            assert task is not None
+            if self._gone and kind is asyncio.CancelledError and not task.uncancel():
+                raise ClientGoneError from error
 
-    def _begin(self) -> None:
-        self._watcher = asyncio.create_task(self._watch(), name="disconnect watch")
+    @property
+    def over(self) -> bool:
+        """Nothing is left to watch."""
+        return self._task is None
 
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
+    def begin(self) -> None:
+        """From here on its client's going is noticed."""
+        assert self._receive is not None
+        assert self._task is not None
+        self._watcher = asyncio.create_task(self._watch(self._receive, self._task), name="disconnect watch")
+
+    async def _watch(self, receive: Receive, task: asyncio.Task[object]) -> None:
+        while (await receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self._task.cancel()
+        task.cancel()
+
+
+class DisconnectWatches:
+    """Those of all requests: one timer for them together, as most are over before it would fire."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[DisconnectWatch] = deque()  # in the order in which they begin
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, receive: Receive) -> DisconnectWatch:
+        """For what the current task does next; the request's body must have been read."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        assert task is not None
+        watch = DisconnectWatch(receive, task, loop.time() + _WATCH_AFTER_S)
+        self._waiting.append(watch)
+        if self._timer is None:
+            self._timer = loop.call_later(_WATCH_AFTER_S, self._begin_due, loop)
+        return watch
+
+    def _begin_due(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now_s = loop.time()
+        while self._waiting:
+            first = self._waiting[0]
+            if not first.over:
+                if first.begin_s > now_s:
+                    self._timer = loop.call_at(first.begin_s, self._begin_due, loop)
+                    return
+                first.begin()
+            self._waiting.popleft()
 
 
 _STATUSES = {

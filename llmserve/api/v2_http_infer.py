@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
 from llmserve.api.v2_http_call import OCTETS, HttpAnswer, HttpCall
 from llmserve.api.v2_infer_json import InferCall, raw_infer_call, read_infer_call, write_response
 from llmserve.backends.validation import datatype_name
@@ -38,10 +36,13 @@ async def infer(call: HttpCall, plane: DataPlane) -> HttpAnswer:
 
 
 async def _single_response(plane: DataPlane, infer_call: InferCall) -> InferResponse:
-    async with aclosing(plane.infer(infer_call.request)) as responses:
-        async for response in responses:
-            return response
-    raise InferenceError(f"model '{infer_call.request.model_name}' gave no response")
+    responses = plane.infer(infer_call.request)
+    try:
+        return await anext(responses)
+    except StopAsyncIteration:
+        raise InferenceError(f"model '{infer_call.request.model_name}' gave no response") from None
+    finally:
+        await responses.aclose()
 
 
 def _read(call: HttpCall, body: bytes, plane: DataPlane) -> InferCall:

@@ -207,7 +207,9 @@ def _read_inputs(inputs: list[_InputJson], tensors: memoryview, model: str, sett
                     item.name,
                 )
             offset += size
-        elif datatype is not UNKNOWN_DATATYPE:
+        elif datatype is UNKNOWN_DATATYPE:
+            raise InvalidRequestError(f"invalid datatype for input {item.name}", item.name)
+        else:
             data = v2_tensors.decode_json(item.data, item.name, datatype, math.prod(shape), settings.max_json_depth)
         read.append(Tensor(item.name, datatype, shape, data))
     if offset != len(tensors):

@@ -1,14 +1,14 @@
-"""The `parameters` of a request over HTTP: those with a meaning taken out, the others checked. Knows no routes."""
+"""The `parameters` of a request: which have a meaning, on both wires; how HTTP's are checked. Knows no routes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from llmserve.api.v2_errors import MalformedRequestError
 from llmserve.errors import InvalidRequestError
-from llmserve.inference import Parameter
+from llmserve.inference import InferRequest, Parameter
 
 RESERVED_PREFIX = "triton_"
 
@@ -26,27 +26,54 @@ class CommonFields:
     binary_data_output: bool = False
 
 
+class Wording(Protocol):
+    """How a wire checks a value, and says in its own words what is wrong with it."""
+
+    def unsigned(self, value: Any, key: str) -> int:
+        """An integer of 0 to 2**64 - 1."""
+        ...
+
+    def boolean(self, value: Any, key: str) -> bool:
+        """True or false, nothing else."""
+        ...
+
+
+# parameter -> the field of a request (or of `CommonFields`) that it fills in, and what it must be; for both wires
+_MEANINGS: dict[str, tuple[str, str]] = {
+    "priority": ("priority", "unsigned"),
+    "timeout": ("timeout_us", "unsigned"),
+    "sequence_id": ("sequence_id", "unsigned or text"),
+    "sequence_start": ("sequence_start", "boolean"),
+    "sequence_end": ("sequence_end", "boolean"),
+}
+
+
+def read_common(target: CommonFields | InferRequest, key: str, value: Any, wording: Wording) -> bool:
+    """Fills in the field of `target` that a parameter is for; False if it has no meaning of its own.
+
+    Raises what `wording` raises for a value of the wrong type.
+    """
+    meaning = _MEANINGS.get(key)
+    if meaning is None:
+        return False
+    name, kind = meaning
+    if kind == "boolean":
+        setattr(target, name, wording.boolean(value, key))
+    else:
+        setattr(target, name, value if "text" in kind and isinstance(value, str) else wording.unsigned(value, key))
+    return True
+
+
 def read_parameters(parameters: Mapping[str, Any] | None) -> CommonFields:
     """Raises InvalidRequestError for a reserved or structured one, MalformedRequestError for one of the wrong type."""
     fields = CommonFields()
-    if not parameters:
-        return fields
-    for key, value in parameters.items():
-        match key:
-            case "priority":
-                fields.priority = unsigned(value, key)
-            case "timeout":
-                fields.timeout_us = unsigned(value, key)
-            case "sequence_id":
-                fields.sequence_id = value if isinstance(value, str) else unsigned(value, key)
-            case "sequence_start":
-                fields.sequence_start = boolean(value, key)
-            case "sequence_end":
-                fields.sequence_end = boolean(value, key)
-            case "binary_data_output":
-                fields.binary_data_output = boolean(value, key)
-            case _:
-                fields.parameters[key] = _plain(key, value)
+    for key, value in (parameters or {}).items():
+        if read_common(fields, key, value, _JSON):
+            continue
+        if key == "binary_data_output":
+            fields.binary_data_output = boolean(value, key)
+        else:
+            fields.parameters[key] = _plain(key, value)
     return fields
 
 
@@ -64,6 +91,14 @@ def boolean(value: Any, key: str) -> bool:
     if isinstance(value, bool):
         return value
     raise MalformedRequestError(f"Unable to parse '{key}': attempt to access JSON non-boolean as boolean", key)
+
+
+class _JsonWording:
+    unsigned = staticmethod(unsigned)
+    boolean = staticmethod(boolean)
+
+
+_JSON = _JsonWording()
 
 
 def _plain(key: str, value: Any) -> Parameter:

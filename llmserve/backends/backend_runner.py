@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from llmserve.backends.base import Backend, Batch, ModelContext, Request, Response
 from llmserve.backends.metric_values import take_changed
@@ -28,6 +29,7 @@ from llmserve.backends.model_messages import (
     Results,
     Signature,
 )
+from llmserve.backends.response_window import STALL_S, WINDOW_UNITS, units
 from llmserve.backends.shared_memory import Buffer
 from llmserve.backends.tensors import Array, to_array, to_wire
 from llmserve.backends.transport import Payload, PayloadReader
@@ -38,13 +40,25 @@ logger = logging.getLogger(__name__)
 Send = Callable[[FromModel, Payload | None], None]
 
 
-class BackendRunner:
-    """One instance of a model. `poll` gives the ids of requests whose cancellation waits to be read."""
+class Inbox(Protocol):
+    """What the server has said and nobody has read yet. Cancellations and acknowledgements take effect once read."""
 
-    def __init__(self, launch: ModelLaunch, send: Send, poll: Callable[[], list[int]]) -> None:
+    def poll(self) -> None:
+        """Reads what is there."""
+        ...
+
+    def wait_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Reads until `done`; False if that takes longer than the timeout or the server has gone."""
+        ...
+
+
+class BackendRunner:
+    """One instance of a model."""
+
+    def __init__(self, launch: ModelLaunch, send: Send, inbox: Inbox) -> None:
         self._launch = launch
         self._send = send
-        self._poll = poll
+        self._inbox = inbox
         self._backend: Backend | None = None
         self._open: dict[int, Request] = {}  # requests without their final response
         self._lock = threading.Lock()  # models answer from threads of their own
@@ -100,6 +114,12 @@ class BackendRunner:
             if (request := self._open.get(request_id)) is not None:
                 request.cancelled = True
 
+    def acknowledge(self, request_id: int, units: int) -> None:
+        """The client has taken responses: there is room for more."""
+        with self._lock:
+            if (request := self._open.get(request_id)) is not None:
+                request.unread -= units
+
     def fail(self, request: Request, error: Exception) -> None:
         """`Request.fail`."""
         with contextlib.suppress(InferenceError):
@@ -107,8 +127,7 @@ class BackendRunner:
 
     def poll(self) -> None:
         """Lets cancellations in that wait to be read."""
-        if ids := self._poll():
-            self.cancel(ids)
+        self._inbox.poll()
 
     def unload(self) -> None:
         """The model's own farewell; its errors are only logged."""
@@ -148,15 +167,34 @@ class BackendRunner:
 
     def respond(self, request: Request, response: Response | None, final: bool) -> None:
         """`Request.send`. Raises InferenceError after the final response."""
+        if request.unread >= WINDOW_UNITS and not request.cancelled:
+            self._wait_for_client(request)
         header = request.header
         payload = Payload()
         with self._lock:
             if header.id not in self._open:
+                if request.cancelled:
+                    return
                 raise InferenceError("The final response of this request has been sent already.")
             if final:
                 del self._open[header.id]
             entry = self._entry(header.id, header.outputs, response or Response(), final, payload)
+            request.unread += units(payload.num_bytes)
             self._send(Results([entry], metrics=take_changed() or None), payload)
+
+    def _wait_for_client(self, request: Request) -> None:
+        """Until it has taken some of what it was sent. One that takes nothing loses its request."""
+
+        def has_room() -> bool:
+            return request.unread < WINDOW_UNITS or request.cancelled
+
+        if not self._inbox.wait_until(has_room, STALL_S):
+            request.cancelled = True
+            with self._lock:
+                if self._open.pop(request.header.id, None) is not None:
+                    text = f"the client has not taken a response for {STALL_S:g} s: the request is given up"
+                    entry = ResponseEntry(request.header.id, [], True, error=(InferenceError.CANCELLED, text))
+                    self._send(Results([entry]), None)
 
     def _entry(
         self, request_id: int, wanted: list[str], response: Response, final: bool, payload: Payload

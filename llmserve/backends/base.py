@@ -83,11 +83,12 @@ class Replies(Protocol):
 class Request:
     """One request, seen from the model. `inputs` are views of the batch; what the client left out is not there."""
 
-    __slots__ = ("_batch", "_index", "_replies", "cancelled", "header")
+    __slots__ = ("_batch", "_index", "_replies", "cancelled", "header", "unread")
 
     def __init__(self, header: RequestHeader, batch: Batch, index: int, replies: Replies) -> None:
         self.header = header
         self.cancelled = False
+        self.unread = 0  # units of responses that the client has not taken yet
         self._batch = batch
         self._index = index
         self._replies = replies
@@ -108,6 +109,7 @@ class Request:
     def send(self, response: Response | None, final: bool) -> None:
         """Answers now, from any thread, in place of `execute`'s return value. None with `final`: that was all.
 
+        Waits while the client is far behind; what is sent to one that has gone is dropped.
         Raises InferenceError after the final response.
         """
         self._replies.respond(self, response, final)

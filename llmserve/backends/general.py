@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from llmserve.backends.batch_log import BatchLog
 from llmserve.backends.batch_message import batch_message, read_response
 from llmserve.backends.infer_stream import InferStream
 from llmserve.backends.inline_instance import InlineInstance
@@ -40,21 +40,7 @@ from llmserve.scheduler.priority_level import QueuedRequest
 
 logger = logging.getLogger(__name__)
 
-NUM_EXPLAINED = 64
 _MIN_TIMER_S = 0.001  # event loops count milliseconds: less would fire before its time, again and again
-
-
-@dataclass(slots=True)
-class BatchRecord:
-    """Why one batch had the size it had."""
-
-    time_s: float  # wall clock, since 1970
-    instance: str
-    requests: int
-    rows: int
-    reason: str
-    waited_ms: float  # the oldest of its requests, in the queue
-    left_waiting: int
 
 
 @dataclass(slots=True)
@@ -91,7 +77,7 @@ class GeneralModel:
         self._settings = settings or InstanceSettings()
         self._inline = inline
         self._statistics = ModelStatistics(name, version)
-        self._explained: deque[BatchRecord] = deque(maxlen=NUM_EXPLAINED)
+        self._explained = BatchLog()
         self._instances: list[Instance] = []
         self._free: list[Instance] = []
         self._in_flight = RequestsInFlight(self._statistics)
@@ -181,6 +167,7 @@ class GeneralModel:
 
     def statistics(self) -> ModelStatistics:
         """What happened to its requests since it was made."""
+        self._statistics.queued_by_priority = self._batcher.num_queued_by_level
         return self._statistics
 
     def explain(self) -> dict[str, Any]:
@@ -197,7 +184,7 @@ class GeneralModel:
                 {"name": i.name, "state": i.state.value, "reason": i.reason, "executing": i not in self._free}
                 for i in self._instances
             ],
-            "batches": [asdict(record) for record in reversed(self._explained)],
+            "batches": self._explained.entries(),
         }
 
     # What an InferStream asks of its model.
@@ -224,6 +211,8 @@ class GeneralModel:
             refused = isinstance(error, QueueFullError)
             self._statistics.record_failure(FailureReason.REJECTED if refused else FailureReason.OTHER, 0)
             stream.done = True
+            if refused:  # which request, as Triton says it: the queue knows only numbers
+                raise QueueFullError(f"[request id: {request.id or '<id_unknown>'}] {error.message}") from error
             raise
         self._in_flight.add(stream)
         self._dispatch()
@@ -235,6 +224,11 @@ class GeneralModel:
             stream.instance.cancel(stream.id)
         self._in_flight.cancel(stream)
 
+    def acknowledge(self, stream: InferStream, taken: int) -> None:
+        """Its client has read on: the model may send more."""
+        if stream.instance is not None:
+            stream.instance.acknowledge(stream.id, taken)
+
     # What the instances tell.
 
     def on_results(self, instance: Instance, results: Results, payload: memoryview) -> None:
@@ -245,7 +239,8 @@ class GeneralModel:
             times = _times(batch.dispatched_ns, results, now_ns)
             self._statistics.record_execution(batch.rows, times)
             self._free.append(instance)
-            self._dispatch()  # before the answers go out: the instance has work meanwhile
+            if self._batcher:
+                self._dispatch()  # before the answers go out: the instance has work meanwhile
         reader = PayloadReader(payload)
         for entry in results.responses:
             stream = self._in_flight.get(entry.id)
@@ -290,9 +285,14 @@ class GeneralModel:
 
     def _dispatch(self) -> None:
         """Gives batches to free instances; then sees to it that what must happen later does."""
-        self._expire()
-        while self._free and (batch := self._batcher.next_batch(time.monotonic())) is not None:
+        now_s = time.monotonic()
+        for request in self._batcher.expire(now_s):
+            error = DeadlineExceededError("Request timeout expired")
+            self._in_flight.fail(self._in_flight[request.id], error, FailureReason.REJECTED)
+        while self._free and (batch := self._batcher.next_batch(now_s)) is not None:
             self._execute(self._free.pop(), batch)
+        if not self._batcher:
+            return
         due_s = self._batcher.next_event_s(bool(self._free))
         if due_s is not None and (self._timer is None or due_s < self._timer_due_s):
             if self._timer is not None:
@@ -306,11 +306,6 @@ class GeneralModel:
         self._timer = None
         self._dispatch()
 
-    def _expire(self) -> None:
-        for request in self._batcher.expire(time.monotonic()):
-            error = DeadlineExceededError("Request timeout expired")
-            self._in_flight.fail(self._in_flight[request.id], error, FailureReason.REJECTED)
-
     def _execute(self, instance: Instance, batch: Batch) -> None:
         now_ns = time.monotonic_ns()
         streams = [self._in_flight[request.id] for request in batch.requests]
@@ -321,11 +316,7 @@ class GeneralModel:
             stream.dispatched_ns = now_ns
             oldest_ns = min(oldest_ns, stream.arrival_ns)
             self._in_flight.begin(stream, instance)
-        waited_ms = (now_ns - oldest_ns) * 1e-6
-        record = BatchRecord(
-            time.time(), instance.name, len(streams), batch.rows, batch.reason.value, waited_ms, batch.num_left
-        )
-        self._explained.append(record)
+        self._explained.add(batch, instance.name, now_ns - oldest_ns)
         if self._pads:
             useful = sum(stream.checked.rows * stream.checked.length for stream in streams)
             self._statistics.record_padding(useful, batch.rows * streams[0].checked.padded_length)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Protocol
 
+from llmserve.backends.response_window import ACKNOWLEDGED_UNITS, units
 from llmserve.errors import LLMServeError
 from llmserve.inference import InferRequest, InferResponse
 
@@ -26,12 +27,17 @@ class InferTarget(Protocol):
         """Its client has gone."""
         ...
 
+    def acknowledge(self, stream: InferStream, taken: int) -> None:
+        """Its client has taken responses of so many units."""
+        ...
+
 
 class InferStream(AsyncIterator[InferResponse]):
     """Starts at the first `__anext__`. Ending it early, by `aclose` or by cancelling who waits, cancels the request."""
 
     __slots__ = (
         "_ready",
+        "_taken",
         "_target",
         "_waiter",
         "arrival_ns",
@@ -54,6 +60,7 @@ class InferStream(AsyncIterator[InferResponse]):
         self._target = target
         self._ready: deque[InferResponse | LLMServeError] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._taken = 0  # units, not acknowledged yet
         # the model's side keeps its notes here
         self.id = 0
         self.arrival_ns = 0
@@ -83,7 +90,16 @@ class InferStream(AsyncIterator[InferResponse]):
         if isinstance(item, LLMServeError):
             self._ready.clear()
             raise item
+        if not self.done:
+            self._acknowledge(item)
         return item
+
+    def _acknowledge(self, response: InferResponse) -> None:
+        """Its reader has come so far: now and then the model is told, so that it can go on."""
+        self._taken += units(sum(len(tensor.data) for tensor in response.outputs))
+        if self._taken >= ACKNOWLEDGED_UNITS:
+            self._target.acknowledge(self, self._taken)
+            self._taken = 0
 
     async def aclose(self) -> None:
         """Cancels the request if it is not finished."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -38,7 +39,7 @@ class InlineInstance:
         self._events = events
         self._loading: list[FromModel] = []
         self._loop = asyncio.get_running_loop()
-        self._runner = BackendRunner(launch, self._send, list)  # cancellations come straight to `cancel`
+        self._runner = BackendRunner(launch, self._send, _NoInbox())
 
     @property
     def pid(self) -> int | None:
@@ -68,6 +69,9 @@ class InlineInstance:
         """The model sees it when it asks."""
         self._runner.cancel([request_id])
 
+    def acknowledge(self, request_id: int, units: int) -> None:
+        """There is nobody who could wait for it: the model runs where its client is served."""
+
     async def stop(self) -> None:
         """Unloads the model."""
         if self.state is InstanceState.READY:
@@ -90,3 +94,14 @@ class InlineInstance:
         message = msgspec.convert(msgspec.to_builtins(message), Results) if message.metrics else message
         data = memoryview(bytearray().join(payload.buffers if payload else ()))
         self._loop.call_soon_threadsafe(self._events.on_results, self, message, data)
+
+
+class _NoInbox:
+    """Cancellations come straight to the runner, and its thread is the one that serves the client: it cannot wait."""
+
+    def poll(self) -> None:
+        """Nothing."""
+
+    def wait_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """At once."""
+        return True

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from llmserve.backends.model_messages import (
+    AcknowledgeResponses,
     CancelRequests,
     ExecuteBatch,
     FromModel,
@@ -138,6 +139,10 @@ class InstanceProcess:
     def cancel(self, request_id: int) -> None:
         """Lets the model know that nobody waits for this request."""
         self._send(CancelRequests([request_id]), None)
+
+    def acknowledge(self, request_id: int, units: int) -> None:
+        """Lets the model know that the client has taken responses."""
+        self._send(AcknowledgeResponses(request_id, units), None)
 
     def kill(self, error: LLMServeError) -> None:
         """Ends the process at once, and whatever it has started; `error` is then why."""

@@ -81,6 +81,10 @@ class Instance(Protocol):
         """Nobody waits for a request it has."""
         ...
 
+    def acknowledge(self, request_id: int, units: int) -> None:
+        """The client of a request it has, or had, has taken responses."""
+        ...
+
     async def stop(self) -> None:
         """Unloads for good."""
         ...
@@ -142,6 +146,11 @@ class ProcessInstance:
         """Tells the model."""
         if self._process is not None and self.state is InstanceState.READY:
             self._process.cancel(request_id)
+
+    def acknowledge(self, request_id: int, units: int) -> None:
+        """Tells the model."""
+        if self._process is not None and self.state is InstanceState.READY:
+            self._process.acknowledge(request_id, units)
 
     async def stop(self) -> None:
         """Unloads, and ends the process. Safe at any time."""

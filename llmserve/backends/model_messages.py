@@ -80,11 +80,18 @@ class CancelRequests(msgspec.Struct, tag="cancel", array_like=True):
     ids: list[int]
 
 
+class AcknowledgeResponses(msgspec.Struct, tag="acknowledge", array_like=True):
+    """The client has taken responses of this request worth so many units (`response_window.py`)."""
+
+    id: int
+    units: int
+
+
 class UnloadModel(msgspec.Struct, tag="unload", array_like=True):
     """Unload, then exit."""
 
 
-ToModel = ModelLaunch | LoadModel | ExecuteBatch | CancelRequests | UnloadModel
+ToModel = ModelLaunch | LoadModel | ExecuteBatch | CancelRequests | AcknowledgeResponses | UnloadModel
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

@@ -10,16 +10,20 @@ import ctypes
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
 from llmserve.backends.backend_runner import BackendRunner
 from llmserve.backends.model_messages import (
+    AcknowledgeResponses,
     CancelRequests,
     ExecuteBatch,
     FromModel,
@@ -37,48 +41,86 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ServerLink:
-    """The socket to the server. Messages come out in order, but for cancellations, which `poll` brings forward."""
+    """The socket to the server. One thread at a time reads it, for all; the others wait for what that one reads.
+
+    Messages come out in order. Cancellations and acknowledgements do not come out: whoever reads one hands it to the
+    runner at once, as threads may wait for it while the main thread is busy in the model.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.runner: BackendRunner | None = None
         self._connection = connection
         self._link = FrameLink(connection)
         self._decoder: msgspec.msgpack.Decoder[ToModel] = msgspec.msgpack.Decoder(ToModel)
         self._inbox: deque[tuple[ToModel, memoryview]] = deque()
-        self._reading = threading.Lock()
+        self._changed = threading.Condition()
+        self._is_read = False  # by some thread, now
+        self._ended = False
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
 
     def receive(self) -> tuple[ToModel, memoryview] | None:
         """Waits for the next message; None when the server has gone."""
-        while not self._inbox:
-            with self._reading:
-                frames = self._link.read()
-            if frames is None:
-                return None
-            self._inbox.extend(map(self._decode, frames))
-        return self._inbox.popleft()
+        with self._changed:
+            while not self._inbox and not self._ended:
+                self._read(None)
+            return self._inbox.popleft() if self._inbox else None
 
-    def poll(self) -> list[int]:
-        """The requests that have been cancelled by now. Does not wait, and may be called from any thread.
+    def poll(self) -> None:
+        """Reads what is there, without waiting; from any thread."""
+        with self._changed:
+            if not self._is_read and not self._ended:  # else who reads sees to it
+                self._read(0.0)
 
-        While the main thread waits in `receive` the cancellations come to it: then there is nothing to do here.
-        """
-        if not self._reading.acquire(blocking=False):
-            return []
+    def wait_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Reads until `done`; False if the time is up or the server has gone. From any thread."""
+        until_s = time.monotonic() + timeout_s
+        with self._changed:
+            while not done():
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or self._ended:
+                    return False
+                self._read(left_s)
+        return True
+
+    def _read(self, timeout_s: float | None) -> None:
+        """Reads once, or waits until another thread has. `_changed` is held, but not while waiting."""
+        if self._is_read:
+            self._changed.wait(timeout_s)
+            return
+        self._is_read = True
+        self._changed.release()
+        frames: list[Frame] | None = []
         try:
-            messages = [self._decode(frame) for frame in self._link.read(socket.MSG_DONTWAIT) or ()]
-        except BlockingIOError:
-            return []
+            # by poll, as who waits in a receive is woken too each time the server has read an answer
+            if self._readable.poll(None if timeout_s is None else timeout_s * 1e3):
+                frames = self._link.read()
         finally:
-            self._reading.release()
-        self._inbox.extend(message for message in messages if not isinstance(message[0], CancelRequests))
-        return [id_ for message, _ in messages if isinstance(message, CancelRequests) for id_ in message.ids]
+            self._changed.acquire()
+            self._is_read = False
+            self._changed.notify_all()
+        if frames is None:
+            self._ended = True
+            return
+        for frame in frames:
+            message = self._decoder.decode(frame.message)
+            if isinstance(message, CancelRequests | AcknowledgeResponses):
+                self._obey(message)
+            else:
+                self._inbox.append((message, frame.payload))
+
+    def _obey(self, message: CancelRequests | AcknowledgeResponses) -> None:
+        if self.runner is None:
+            return
+        if isinstance(message, CancelRequests):
+            self.runner.cancel(message.ids)
+        else:
+            self.runner.acknowledge(message.id, message.units)
 
     def send(self, message: FromModel, payload: Payload | None) -> None:
         """Sends a message; waits while the server is behind. The caller sees to it that one thread sends at a time."""
         frame, fd = self._link.encode(message, payload)
         send_frame(self._connection, frame, fd)
-
-    def _decode(self, frame: Frame) -> tuple[ToModel, memoryview]:
-        return self._decoder.decode(frame.message), frame.payload
 
 
 def serve(link: ServerLink, runner: BackendRunner) -> int:
@@ -92,8 +134,6 @@ def serve(link: ServerLink, runner: BackendRunner) -> int:
         match message:
             case ExecuteBatch():
                 runner.execute(message, payload)
-            case CancelRequests():
-                runner.cancel(message.ids)
             case LoadModel():
                 if not runner.load(message):
                     return FAILED_STATUS
@@ -125,7 +165,8 @@ def main() -> int:
         level=launch.log_level.upper(), format=f"%(asctime)s %(levelname)s [{launch.instance_name}] %(message)s"
     )
     try:
-        status = serve(link, BackendRunner(launch, link.send, link.poll))
+        runner = link.runner = BackendRunner(launch, link.send, link)
+        status = serve(link, runner)
     except ConnectionError:
         return 0  # the server ended while it was being answered
     # Threads a model has started, and destructors of its libraries, have no say in whether the process ends.

@@ -102,13 +102,12 @@ class RequestValidator:
                     f"unexpected inference output '{output.name}' for model '{self._model}'", "outputs"
                 )
         _check_numbers(request)
+        _check_names(request)
         if not len(self._required) <= len(request.inputs) <= len(self._inputs):
             raise self._wrong_count(request)
         rows = self._check_batch(request) if self._max_batch_size else 1
         tensors = [self._check_tensor(request, tensor, rows) for tensor in reversed(request.inputs)]
         names = {tensor.name for tensor in tensors}
-        if len(names) < len(tensors):
-            raise self._invalid(request, f"an input is given twice for model '{self._model}'")
         if len(names) < len(self._inputs) and any(name not in names for name in self._required):
             raise self._wrong_count(request)
         tensors.reverse()
@@ -251,6 +250,17 @@ def datatype_name(data_type: int) -> str:
     """TYPE_FP32 -> FP32, TYPE_STRING -> BYTES."""
     name = DataType.Name(data_type).removeprefix("TYPE_")
     return "BYTES" if name == "STRING" else name
+
+
+def _check_names(request: InferRequest) -> None:
+    """Every input once."""
+    if len(request.inputs) > 1:
+        seen: set[str] = set()
+        for tensor in request.inputs:
+            if tensor.name in seen:
+                prefix = f"[request id: {request.id or '<id_unknown>'}] "
+                raise InvalidRequestError(f"{prefix}input '{tensor.name}' already exists in request", "inputs")
+            seen.add(tensor.name)
 
 
 def _check_numbers(request: InferRequest) -> None:

@@ -15,7 +15,7 @@ from llmserve.errors import ConfigError, ModelLoadError
 from llmserve.repository.model_folder import Fingerprint, fingerprint
 
 # Where each protocol's driver comes from, for the message when it is missing.
-_EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
 class LocalRepository:
@@ -54,10 +54,8 @@ class RemoteRepository:
         try:
             filesystem, path = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"The model repository {url} cannot be opened: {error}. "
-                f"Install the driver of {protocol}:// with: pip install {_EXTRAS.get(protocol, protocol)}"
-            ) from error
+            advice = f"Install its driver: pip install 'llmserve[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+            raise ConfigError(f"The model repository {url} cannot be opened: {error}. {advice}".rstrip()) from error
         self._filesystem: Any = filesystem
         self._path = str(path).rstrip("/")
         self._url = url

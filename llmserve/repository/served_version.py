@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from llmserve.errors import LLMServeError, ModelLoadError, QueueFullError
+from llmserve.errors import LLMServeError, ModelLoadError
 from llmserve.general_metrics import ModelStatistics
 from llmserve.inference import InferRequest, InferResponse
 from llmserve.repository.model_config import complete_batching
 from llmserve.repository.model_folder import Fingerprint, ModelFolder, leaves_folder
-from llmserve.repository.model_version import ModelVersion, OpenVersion
+from llmserve.repository.model_version import ModelVersion, OpenVersion, ResponseStream
 from llmserve.repository.warmup import warmup_requests
 
 logger = logging.getLogger(__name__)
@@ -109,28 +109,29 @@ class ServedVersion:
         """It will not be served, and the index says why."""
         self.state, self._reason = VersionState.UNAVAILABLE, reason
 
-    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+    def infer(self, request: InferRequest) -> Answering:
         """Answers a request. One that has begun is answered even when a reload retires this version meanwhile."""
-        try:
-            with self.in_use():
-                async with aclosing(self.model.infer(request)) as responses:
-                    async for response in responses:
-                        yield response
-        except QueueFullError as error:  # which request, as Triton says it: the queue knows only numbers
-            message = f"[request id: {request.id or '<id_unknown>'}] {error.message}"
-            raise QueueFullError(message, error.retry_after_s) from error
+        return Answering(self.model.infer(request), self)
+
+    def begin_request(self) -> None:
+        """A request is being answered: it is not retired before `end_request`."""
+        self._num_requests += 1
+        self._idle.clear()
+
+    def end_request(self) -> None:
+        """One less."""
+        self._num_requests -= 1
+        if self._num_requests == 0:
+            self._idle.set()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While a request is being answered: a version that is retired waits for it."""
-        self._num_requests += 1
-        self._idle.clear()
+        """While a request is being answered by somebody else than `infer`."""
+        self.begin_request()
         try:
             yield
         finally:
-            self._num_requests -= 1
-            if self._num_requests == 0:
-                self._idle.set()
+            self.end_request()
 
     async def retire(self, drain_s: float) -> None:
         """Takes no more requests, finishes those it has within `drain_s` seconds, stops."""
@@ -151,6 +152,32 @@ class ServedVersion:
             logger.error("Model %s version %s did not stop cleanly: %s", self.name, self.version, error)
         finally:
             self.folder.release()
+
+
+class Answering(AsyncIterator[InferResponse]):
+    """The responses to one request, which its version counts from the first `anext` until it is closed."""
+
+    __slots__ = ("_counted", "_responses", "_version")
+
+    def __init__(self, responses: ResponseStream, version: ServedVersion) -> None:
+        self._responses = responses
+        self._version = version
+        self._counted = False
+
+    def __anext__(self) -> Awaitable[InferResponse]:
+        if not self._counted:
+            self._counted = True
+            self._version.begin_request()
+        return self._responses.__anext__()
+
+    async def aclose(self) -> None:
+        """Cancels the request if it is not finished. To be called in any case."""
+        try:
+            await self._responses.aclose()
+        finally:
+            if self._counted:
+                self._counted = False
+                self._version.end_request()
 
 
 def read_labels(config: ModelConfig, folder: ModelFolder) -> dict[str, list[str]]:

@@ -44,7 +44,7 @@ def strings(*elements: bytes) -> Tensor:
         (PLAIN, [fp32("X", 1)], "unexpected inference input 'X' for model 'm'"),
         (PLAIN, [], "expected number of inputs between 1 and 2 but got 0 inputs for model 'm'"),
         (PLAIN, [strings(b"", b"")], "but missing required input(s) ['A']"),
-        (PLAIN, [fp32("A", 1), fp32("A", 1)], "given twice"),
+        (PLAIN, [fp32("A", 1), fp32("A", 1)], "input 'A' already exists in request"),
         (
             BATCHED,
             [fp32("A", 1, 2)],

@@ -330,6 +330,9 @@ def test_triton_metrics(fresh_server: V2Server) -> None:
     assert 'my_latency_bucket{kind="a",le="+Inf"} 3' in lines
     assert 'my_latency_sum{kind="a"} 7.5' in lines
     assert "my_count 2" in lines
+    server.plane.statistics("echo")[0].queued_by_priority = [2, 0, 1]
+    depth = {f.name: f for f in metrics.collect()}["llmserve:inference_queue_depth"].samples
+    assert [(s.labels["priority"], s.value) for s in depth] == [("1", 2), ("2", 0), ("3", 1)]
     batch_sizes = families["llmserve:inference_batch_size"].samples
     assert [s.value for s in batch_sizes if s.labels["model"] == "echo" and s.name.endswith("_count")] == [1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from llmserve.errors import ConfigError, InferenceError, InvalidRequestError
 from llmserve.inference import InferRequest, Tensor
+from llmserve.repository.location import open_repository
 from llmserve.repository.model_repository import ModelRepository
 from llmserve.repository.settings import ModelControlMode, RepositorySettings
 from tests.v2.conftest import CONFIG, WriteModel
@@ -409,6 +411,21 @@ def test_a_remote_repository_is_copied(tmp_path: Path, write_model: WriteModel) 
         asyncio.run(run())
     finally:
         store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [("s3://models", "llmserve[s3]"), ("gs://models", "llmserve[gcs]"), ("az://models", "llmserve[azure]")],
+)
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch, url: str, advice: str) -> None:
+    def refuse(_: str) -> None:
+        raise ImportError("no such driver here")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
+    with pytest.raises(ConfigError, match=re.escape(f"pip install '{advice}'")):
+        open_repository(url)
+    with pytest.raises(ConfigError, match=r"^The model repository nope://x cannot be opened: no such driver here\.$"):
+        open_repository("nope://x")
 
 
 def test_hugging_face_folders_are_left_to_others(tmp_path: Path, write_model: WriteModel) -> None:
