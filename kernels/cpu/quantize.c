@@ -4,7 +4,7 @@
 typedef int8_t vb __attribute__((vector_size(VL)));
 typedef struct {
     const void *x;
-    int64_t m, k, k_packed, block, rows_per_tile;
+    int64_t m, k, k_packed, block, rows_per_tile; /* block: QK, or 0 for the whole row */
     int32_t factor;
     int dtype;
     int8_t *out;
@@ -12,31 +12,37 @@ typedef struct {
     int32_t *sums;
 } Quantize;
 
+/* The largest magnitude of n elements; NaN if one of them is NaN or infinite. Compared as integers, which orders the
+ * magnitudes of floats and puts those two last. */
+INLINE float magnitude(const void *x, int64_t at, int64_t n, int dtype) {
+    const int32_t infinity = 0x7f800000;
+    vi max = vi_set(0);
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) max = vi_max((vi)vf_abs(vf_get(x, at + i, dtype)), max);
+    int32_t top = vi_hmax(max);
+    for (; i < n; i++) {
+        float v = fabsf(f_get(x, at + i, dtype));
+        int32_t bits;
+        memcpy(&bits, &v, 4);
+        top = bits > top ? bits : top;
+    }
+    float value;
+    memcpy(&value, &top, 4);
+    return top < infinity ? value : NAN;
+}
+
 /* n elements -> bytes, round to nearest even. A NaN or an infinity makes the scale NaN, and with it every result. */
 INLINE void quantize_span(const void *x, int64_t at, int64_t n, int32_t factor, int dtype, int8_t *out, float *scale,
                          int32_t *sum) {
-    vf max = vf_set(0), poison = vf_set(0);
-    float tail_max = 0, tail_poison = 0;
-    int64_t i = 0;
-    for (; i + VL <= n; i += VL) {
-        vf v = vf_get(x, at + i, dtype);
-        max = vf_max(vf_abs(v), max);
-        poison += v * 0.0f;
-    }
-    for (; i < n; i++) {
-        float v = fabsf(f_get(x, at + i, dtype));
-        tail_max = v > tail_max ? v : tail_max;
-        tail_poison += v * 0.0f;
-    }
-    float top = vf_hmax(max);
-    top = (top > tail_max ? top : tail_max) + vf_sum(poison) + tail_poison;
+    float top = magnitude(x, at, n, dtype);
     float inverse = top > 1e-35f ? 127.0f / top : 0.0f; /* smaller is taken as zero; NaN compares false */
     const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds to an integer */
     vi total = vi_set(0);
-    for (i = 0; i + VL <= n; i += VL) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) {
         vi q = (vi)(vf_get(x, at + i, dtype) * inverse + magic) - 0x4b400000;
         vb bytes = __builtin_convertvector(q, vb);
-        total += __builtin_convertvector(bytes, vi);
+        total += q;
         memcpy(out + i, &bytes, sizeof bytes);
     }
     int32_t bytes_sum = vi_sum(total);
@@ -52,11 +58,15 @@ INLINE void quantize_span(const void *x, int64_t at, int64_t n, int32_t factor, 
 }
 
 INLINE void quantize_row(const Quantize *job, int64_t row, int dtype) {
-    int64_t span = job->block ? job->block : job->k, spans = job->k / span;
     int8_t *out = job->out + row * job->k_packed;
-    for (int64_t s = 0; s < spans; s++)
-        quantize_span(job->x, row * job->k + s * span, span, job->factor, dtype, out + s * span, job->scales + row * spans + s,
-                      job->sums + row * spans + s);
+    if (job->block == QK) { /* known to the compiler, it is two vectors in registers */
+        int64_t spans = job->k / QK;
+        for (int64_t s = 0, i = row * spans; s < spans; s++, i++)
+            quantize_span(job->x, row * job->k + s * QK, QK, job->factor, dtype, out + s * QK, job->scales + i,
+                          job->sums + i);
+        return;
+    }
+    quantize_span(job->x, row * job->k, job->k, job->factor, dtype, out, job->scales + row, job->sums + row);
     memset(out + job->k, 0, (size_t)(job->k_packed - job->k));
 }
 static void quantize_tile(const void *arg, int tile) {
