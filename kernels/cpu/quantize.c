@@ -1,10 +1,11 @@
 /* Activations to signed bytes, symmetric, one scale a token or a block of 32: never a scale over several tokens. */
 #include "gemm.h"
 
+enum { TASK_ELEMENTS = 1 << 14 };
 typedef int8_t vb __attribute__((vector_size(VL)));
 typedef struct {
     const void *x;
-    int64_t m, k, k_packed, block, rows_per_tile; /* block: QK, or 0 for the whole row */
+    int64_t m, k, k_packed, tile_rows, rows_per_task; /* tile_rows: of a panel of blocks; 0: one span a row */
     int32_t factor;
     int dtype;
     int8_t *out;
@@ -58,27 +59,28 @@ INLINE void quantize_span(const void *x, int64_t at, int64_t n, int32_t factor, 
 }
 
 INLINE void quantize_row(const Quantize *job, int64_t row, int dtype) {
-    int8_t *out = job->out + row * job->k_packed;
-    if (job->block == QK) { /* known to the compiler, it is two vectors in registers */
-        int64_t spans = job->k / QK;
-        for (int64_t s = 0, i = row * spans; s < spans; s++, i++)
-            quantize_span(job->x, row * job->k + s * QK, QK, job->factor, dtype, out + s * QK, job->scales + i,
-                          job->sums + i);
+    if (job->tile_rows) { /* spans whose length the compiler knows stay in two registers */
+        int64_t spans = job->k / QK, at = row / job->tile_rows * job->tile_rows * spans + row % job->tile_rows;
+        for (int64_t s = 0; s < spans; s++, at += job->tile_rows)
+            quantize_span(job->x, row * job->k + s * QK, QK, job->factor, dtype, job->out + at * QK, job->scales + at,
+                          job->sums + at);
         return;
     }
+    int8_t *out = job->out + row * job->k_packed;
     quantize_span(job->x, row * job->k, job->k, job->factor, dtype, out, job->scales + row, job->sums + row);
     memset(out + job->k, 0, (size_t)(job->k_packed - job->k));
 }
-static void quantize_tile(const void *arg, int tile) {
+static void quantize_task(const void *arg, int task) {
     const Quantize *job = arg;
-    int64_t end = (tile + 1) * job->rows_per_tile;
-    for (int64_t row = tile * job->rows_per_tile; row < end && row < job->m; row++)
+    int64_t end = (task + 1) * job->rows_per_task;
+    for (int64_t row = task * job->rows_per_task; row < end && row < job->m; row++)
         job->dtype == F32 ? quantize_row(job, row, F32) : quantize_row(job, row, BF16);
 }
 
-void quantize_rows(Pool *pool, const void *x, int64_t m, int64_t k, int64_t k_packed, int64_t block, int32_t factor,
+void quantize_rows(Pool *pool, const void *x, int64_t m, int64_t k, int64_t k_packed, int64_t tile_rows, int32_t factor,
                    int dtype, int8_t *out, float *scales, int32_t *sums) {
-    Quantize job = {.x = x, .m = m, .k = k, .k_packed = k_packed, .block = block, .factor = factor, .dtype = dtype,
-                    .out = out, .scales = scales, .sums = sums, .rows_per_tile = 1 + (1 << 14) / k};
-    pool_run(pool, quantize_tile, &job, (int)((m + job.rows_per_tile - 1) / job.rows_per_tile));
+    Quantize job = {.x = x, .m = m, .k = k, .k_packed = k_packed, .tile_rows = tile_rows, .factor = factor,
+                    .dtype = dtype, .out = out, .scales = scales, .sums = sums, .rows_per_task = 1 + TASK_ELEMENTS / k};
+    if (tile_rows) job.rows_per_task += (tile_rows - job.rows_per_task % tile_rows) % tile_rows; /* whole panels */
+    pool_run(pool, quantize_task, &job, (int)((m + job.rows_per_task - 1) / job.rows_per_task));
 }
