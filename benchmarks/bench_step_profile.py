@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmserve.config import EngineConfig
 from llmserve.kernels.cpu.library import FORMATS, Library, WeightStruct, load_library
 from llmserve.kernels.cpu.ops import CPUOps, usable_cores
-from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, SamplingTensors
+from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, LayerParameters, SamplingTensors
 from llmserve.models.config import ModelConfig, read_model_config
 from llmserve.models.llama import LlamaModel
 from llmserve.models.loader import load_model
@@ -55,7 +54,9 @@ class Recorder:
 
     step: dict[str, Work] = field(default_factory=dict)
 
-    def add(self, name: str, seconds: float, num_bytes: float = 0.0, operations: float = 0.0, int8: bool = False) -> None:
+    def add(
+        self, name: str, seconds: float, num_bytes: float = 0.0, operations: float = 0.0, int8: bool = False
+    ) -> None:
         work = self.step.setdefault(name, Work(int8=int8))
         work.seconds += seconds
         work.calls += 1
@@ -94,6 +95,13 @@ class TimedLibrary:
             recorder.add(name, seconds, weights * BYTES_A_WEIGHT[kind], 2 * m * weights, kind not in ("f32", "bf16"))
 
         return call
+
+
+class SeparateOps(CPUOps):
+    """Every op a call of its own, so that it can be timed."""
+
+    def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> None:
+        return None
 
 
 class Stepper:
@@ -154,27 +162,40 @@ def load(folder: Path, quantization: str, dtype: torch.dtype, ops: CPUOps) -> tu
     return load_model(source, config, dtype, torch.device("cpu"), ops, formats, max_model_len=2048), config
 
 
-def profile(stepper: Stepper, recorder: Recorder, rows: int, context: int, budget_s: float) -> tuple[float, list[dict[str, Work]]]:
-    """Median seconds of a step, and what its kernels did in each."""
-    token_ids, meta = stepper.inputs(rows, context)
-    steps, seconds = [], []
-    deadline = time.perf_counter() + budget_s
+@dataclass(frozen=True)
+class Profile:
+    """Median seconds of a step as it is served, and with every op apart; and what the kernels did in each of these."""
+
+    whole_s: float
+    apart_s: float
+    steps: list[dict[str, Work]]
+
+
+def profile(whole: Stepper, apart: Stepper, recorder: Recorder, rows: int, options: argparse.Namespace) -> Profile:
+    """The two take turns, for as long as the options say."""
+    token_ids, meta = whole.inputs(rows, options.context)
+    steps = []
+    seconds: dict[Stepper, list[float]] = {whole: [], apart: []}
+    deadline = time.perf_counter() + options.seconds
     while len(steps) < WARM_UP + 3 or time.perf_counter() < deadline:
-        recorder.step = {}
-        begin = time.perf_counter()
-        stepper.step(token_ids, meta)
-        seconds.append(time.perf_counter() - begin)
+        for stepper in (whole, apart):
+            recorder.step = {}
+            begin = time.perf_counter()
+            stepper.step(token_ids, meta)
+            seconds[stepper].append(time.perf_counter() - begin)
         steps.append(recorder.step)
-    read, operations = stepper.attention_work(meta)
+    read, operations = whole.attention_work(meta)
     for step in steps:
         step["paged_attention"].num_bytes, step["paged_attention"].operations = read, operations
-    return statistics.median(seconds[WARM_UP:]), steps[WARM_UP:]
+    whole_s, apart_s = (statistics.median(seconds[stepper][WARM_UP:]) for stepper in (whole, apart))
+    return Profile(whole_s, apart_s, steps[WARM_UP:])
 
 
-def report(rows: int, step_s: float, steps: list[dict[str, Work]], options: argparse.Namespace) -> None:
+def report(rows: int, found: Profile, options: argparse.Namespace) -> None:
     """A table: a row a kernel, the rest, the sum."""
     peak_bytes = options.memory_gbs * 1e9
-    print(f"\n{rows} rows: {step_s * 1e3:.2f} ms a step, {rows / step_s:.0f} tokens/s")
+    steps, step_s = found.steps, found.apart_s
+    print(f"\n{rows} rows: {found.whole_s * 1e3:.2f} ms a step, {rows / found.whole_s:.0f} tokens/s")
     print(f"  {'':28}{'calls':>6}{'us':>10}{'of step':>9}{'us/call':>9}{'GB/s':>7}{'GOP/s':>8}{'of limit':>9}")
     calls_s = limit_s = 0.0
     for name, first in steps[0].items():
@@ -187,7 +208,9 @@ def report(rows: int, step_s: float, steps: list[dict[str, Work]], options: argp
             f"{first.num_bytes / seconds / 1e9:7.1f}{first.operations / seconds / 1e9:8.0f}{limit / seconds:9.0%}"
         )
     print(f"  {'Python between the calls':28}{'':6}{(step_s - calls_s) * 1e6:10.0f}{1 - calls_s / step_s:9.1%}")
-    print(f"  {'limit of the whole step':28}{'':6}{limit_s * 1e6:10.0f}{limit_s / step_s:9.1%}")
+    print(f"  {'all of it apart':28}{'':6}{step_s * 1e6:10.0f}")
+    print(f"  {'as served, layers in one call':29}{'':5}{found.whole_s * 1e6:10.0f}")
+    print(f"  {'limit of the step as served':28}{'':6}{limit_s * 1e6:10.0f}{limit_s / found.whole_s:9.1%}")
 
 
 def main() -> None:
@@ -209,14 +232,16 @@ def main() -> None:
     if library is None:
         raise SystemExit("The C kernels cannot be built here.")
     recorder = Recorder()
-    ops = CPUOps(TimedLibrary(library, recorder))  # type: ignore[arg-type]
+    apart = SeparateOps(TimedLibrary(library, recorder))  # type: ignore[arg-type]
     folder = options.model or embedded.fetch(embedded.DEFAULT_LLM)
-    model, config = load(folder, options.quantization, getattr(torch, options.dtype), ops)
     numbers = [int(text) for text in options.rows.split(",")]
-    stepper = Stepper(model, ops, config, max(*numbers, MAX_SEQS * (options.context + BLOCK_SIZE)))
+    steppers = []
+    for ops in (CPUOps(library), apart):
+        model, config = load(folder, options.quantization, getattr(torch, options.dtype), ops)
+        steppers.append(Stepper(model, ops, config, max(*numbers, MAX_SEQS * (options.context + BLOCK_SIZE))))
     print(f"{library.isa}, {options.threads} threads, {options.quantization}, context {options.context}")
     for rows in numbers:
-        report(rows, *profile(stepper, recorder, rows, options.context, options.seconds), options)
+        report(rows, profile(steppers[0], steppers[1], recorder, rows, options), options)
 
 
 if __name__ == "__main__":

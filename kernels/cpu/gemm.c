@@ -1,5 +1,5 @@
 /* x @ W^T + bias: quantises the activations where the format asks for it, cuts the output into tasks, runs them. */
-#include "gemm.h"
+#include "op_calls.h"
 
 enum { BLOCK_ROWS = 96, MAX_GROUPS = 16 }; /* of one task: its part of x stays in L2, its part of W is read once */
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from llmserve.kernels.cpu.decoder import DecoderLayers, can_run
 from llmserve.kernels.cpu.gguf_blocks import pack_gguf, pack_q8_0
 from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
 from llmserve.kernels.cpu.library import (
@@ -29,6 +31,8 @@ from llmserve.kernels.ops import (
     AttentionMetadata,
     KVCache,
     KVCacheSpec,
+    LayerParameters,
+    LayerStack,
     LinearWeight,
     PackedSequences,
     SamplingTensors,
@@ -287,6 +291,11 @@ class CPUOps:
             out.data_ptr(),
         )
         return out
+
+    def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> LayerStack | None:
+        if not all(map(can_run, layers)):
+            return None
+        return DecoderLayers(self._library, layers, final_norm, self._meta_pointer)
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         rows, vocab = logits.shape
