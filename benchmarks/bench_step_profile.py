@@ -112,6 +112,8 @@ class Stepper:
         spec = KVCacheSpec(config.num_kv_heads, config.head_dim, BLOCK_SIZE, model.dtype)
         blocks = -(-max_tokens // BLOCK_SIZE)
         self._caches = [ops.allocate_kv_cache(spec, blocks, torch.device("cpu")) for _ in range(config.num_layers)]
+        for cache in self._caches:
+            cache.data.normal_()  # memory that was never written is one page of zeros, and always in the cache
 
     def inputs(self, rows: int, context: int) -> tuple[torch.Tensor, AttentionMetadata]:
         """Token ids and metadata of a step: `rows` sequences, or one prompt of that length."""

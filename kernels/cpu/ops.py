@@ -26,6 +26,7 @@ from llmserve.kernels.cpu.library import (
     load_library,
 )
 from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8, packed_bytes
+from llmserve.kernels.memory import WeightMemory
 from llmserve.kernels.ops import (
     Activation,
     AttentionMetadata,
@@ -51,6 +52,7 @@ class CPUOps:
         self.num_threads = library.num_threads
         self._library = library
         self._pool = library.pool
+        self._weights = WeightMemory()
         self._meta: AttentionMetadata | None = None  # of the running step: its layers share one struct
         self._meta_struct = StepMetaStruct()
 
@@ -66,18 +68,18 @@ class CPUOps:
         """`fmt` "dense" keeps float32 or bfloat16; "int8" makes W8A8, and so does "q8_0", by blocks of 32 weights and
         activations with a scale each. Another is a ValueError."""
         if fmt == INT8:
-            return pack_int8(weight, bias)
+            return pack_int8(weight, bias, self._weights)
         if fmt == Q8_0:
-            return pack_q8_0(weight, bias)
+            return pack_q8_0(weight, bias, self._weights)
         if fmt != DENSE:
             raise ValueError(f"The CPU kernels make the weight formats 'dense', 'int8' and 'q8_0', not {fmt!r}.")
         _dtype_of(weight)
-        return pack_dense(weight, bias)
+        return pack_dense(weight, bias, self._weights)
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
         "q4_0", "q4_1" or "q4_k". Rows may be joined (qkv) or permuted before. Another type is a ValueError."""
-        return pack_gguf(raw, ggml_type, bias)
+        return pack_gguf(raw, ggml_type, bias, self._weights)
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         return packed_bytes(fmt, out_features, in_features, dtype.itemsize, has_bias)

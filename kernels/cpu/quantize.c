@@ -1,7 +1,7 @@
 /* Activations to signed bytes, symmetric, one scale a token or a block of 32: never a scale over several tokens. */
 #include "gemm.h"
 
-enum { TASK_ELEMENTS = 1 << 14 };
+enum { TASK_ELEMENTS = 1 << 13 }; /* some 2 us */
 typedef int8_t vb __attribute__((vector_size(VL)));
 typedef struct {
     const void *x;
@@ -79,8 +79,9 @@ static void quantize_task(const void *arg, int task) {
 
 void quantize_rows(Pool *pool, const void *x, int64_t m, int64_t k, int64_t k_packed, int64_t tile_rows, int32_t factor,
                    int dtype, int8_t *out, float *scales, int32_t *sums) {
+    int64_t tasks = (m * k + TASK_ELEMENTS - 1) / TASK_ELEMENTS, rows_per_task = (m + tasks - 1) / tasks;
+    if (tile_rows) rows_per_task += (tile_rows - rows_per_task % tile_rows) % tile_rows; /* whole panels */
     Quantize job = {.x = x, .m = m, .k = k, .k_packed = k_packed, .tile_rows = tile_rows, .factor = factor,
-                    .dtype = dtype, .out = out, .scales = scales, .sums = sums, .rows_per_task = 1 + TASK_ELEMENTS / k};
-    if (tile_rows) job.rows_per_task += (tile_rows - job.rows_per_task % tile_rows) % tile_rows; /* whole panels */
-    pool_run(pool, quantize_task, &job, (int)((m + job.rows_per_task - 1) / job.rows_per_task));
+                    .dtype = dtype, .out = out, .scales = scales, .sums = sums, .rows_per_task = rows_per_task};
+    pool_run(pool, quantize_task, &job, (int)((m + rows_per_task - 1) / rows_per_task));
 }
