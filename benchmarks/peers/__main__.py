@@ -6,8 +6,9 @@
 
 `run` takes peers (all their formats), single ones (`llama.cpp:q4_0`, `llmserve:int8`), or `standard`: what RESULTS.md
 compares, 16, 8 and 4 bits of each. Three rounds of it take some 26 minutes on two cores, with --requests-per-user 2
-some 20. Unless some of llmserve's own are named, all of them take part. Each turn starts a server, measures and stops it, and the order turns with the round,
-so that what else the machine does falls on all alike. Needs an otherwise idle machine; figures are medians over rounds.
+some 20. Unless some of llmserve's own are named, all of them take part. Each turn starts a server, measures and stops
+it, and the order turns with the round, so that what else the machine does falls on all alike. Needs an otherwise idle
+machine; figures are medians over rounds.
 """
 
 from __future__ import annotations
