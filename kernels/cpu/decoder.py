@@ -6,13 +6,14 @@ A decode step of a small model computes for a few milliseconds: nine calls a lay
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 
 from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
 from llmserve.kernels.cpu.library import Library
+from llmserve.kernels.cpu.step_meta import StepMeta
 from llmserve.kernels.cpu.weights import CPULinearWeight
 from llmserve.kernels.ops import AttentionMetadata, KVCache, LayerParameters
 
@@ -41,12 +42,12 @@ class DecoderLayers:
         library: Library,
         layers: Sequence[LayerParameters],
         final_norm: torch.Tensor,
-        meta_pointer: Callable[[AttentionMetadata], int],
+        step: StepMeta,
     ) -> None:
         self._library = library
         self._layers = tuple(layers)
         self._final_norm = final_norm
-        self._meta_pointer = meta_pointer
+        self._step = step
         self._structs = (DecoderLayerStruct * len(layers))(*map(_layer_struct, layers))
         self._kv_caches: list[KVCache] | None = None
 
@@ -60,7 +61,7 @@ class DecoderLayers:
             ctypes.addressof(self._structs),
             len(self._structs),
             self._final_norm.data_ptr(),
-            self._meta_pointer(meta),
+            self._step.pointer(meta),
             embedded.data_ptr(),
             out.data_ptr(),
             DTYPES[embedded.dtype],

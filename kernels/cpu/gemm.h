@@ -21,8 +21,9 @@ enum { QK = 32 };
 
 typedef struct {
     const Weight *w;
-    /* As the kernel reads it: [m, k] fp32, bf16 or (FMT_INT8) signed bytes; of the block formats signed bytes in panels
-     * [m / tile_rows][k / 32][tile_rows][32], the rows of the last panel that there are not being left out of no block */
+    /* As the kernel reads it: [m, k] fp32, bf16 or (FMT_INT8) signed bytes; for the block formats signed bytes in panels
+     * of rows, [m / tile_rows][k / 32][tile_rows][32], so that within a tile every address is a constant away. The last
+     * panel has room for as many rows as the others. */
     const char *x;
     int64_t x_bytes, tile_rows; /* of a row; of a panel */
     const float *x_scales; /* quantised x: [m] (FMT_INT8) or as the panels, a scale for 32 bytes */
@@ -44,8 +45,8 @@ void gemm_q4_1(const Gemm *g, int64_t row, int64_t end, int64_t group, int count
 /* Rows that the kernels of block formats compute together, where there are m. */
 int64_t block_tile_rows(int64_t m);
 
-/* x [m, k] of dtype -> bytes [m, k_packed], and scales and sums of every `block` elements (0: of the whole row); the
- * sums are multiplied by `factor`. */
+/* x [m, k] of dtype -> bytes in panels of tile_rows, with a scale and a sum for every 32 (see Gemm); tile_rows 0: bytes
+ * [m, k_packed], with a scale and a sum a row. The sums are multiplied by `factor`. */
 void quantize_rows(Pool *pool, const void *x, int64_t m, int64_t k, int64_t k_packed, int64_t tile_rows, int32_t factor,
                    int dtype, int8_t *out, float *scales, int32_t *sums);
 

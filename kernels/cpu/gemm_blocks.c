@@ -68,17 +68,15 @@ INLINE void panels(const Gemm *g, int64_t row, int64_t end, int64_t group, int c
         for (int64_t first = row; first < end; first += g->tile_rows, next = here + NT * group_bytes) {
             int R = (int)(end - first < g->tile_rows ? end - first : g->tile_rows);
 #define ONE(n) case n: tile(g, first, group, next, n, 1, format); break;
-#define TWO(n) case n: tile(g, first, group, next, n, WIDE, format); break;
-            if (NT == WIDE && WIDE > 1) {
-                switch (R) { TWO(1) TWO(2) TWO(3) TWO(4) TWO(5) TWO(6) }
-            } else {
-                switch (R) {
-                    ONE(1) ONE(2) ONE(3)
+#define TWO(n) case n: tile(g, first, group, next, n, 2, format); break;
 #if VL == 16
-                    ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
-#endif
-                }
+            if (NT == 2) switch (R) { TWO(1) TWO(2) TWO(3) TWO(4) TWO(5) TWO(6) }
+            else switch (R) {
+                ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
             }
+#else
+            switch (R) { ONE(1) ONE(2) ONE(3) }
+#endif
         }
     }
 }

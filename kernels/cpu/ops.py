@@ -6,7 +6,6 @@ or on the number of threads. A decode step makes hundreds of these calls, so eac
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 
@@ -22,9 +21,9 @@ from llmserve.kernels.cpu.library import (
     POST_NORM,
     PRE_NORM,
     Library,
-    StepMetaStruct,
     load_library,
 )
+from llmserve.kernels.cpu.step_meta import StepMeta
 from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8, packed_bytes
 from llmserve.kernels.memory import WeightMemory
 from llmserve.kernels.ops import (
@@ -53,8 +52,7 @@ class CPUOps:
         self._library = library
         self._pool = library.pool
         self._weights = WeightMemory()
-        self._meta: AttentionMetadata | None = None  # of the running step: its layers share one struct
-        self._meta_struct = StepMetaStruct()
+        self._step = StepMeta()
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
         return 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
@@ -260,7 +258,7 @@ class CPUOps:
             _data(qkv),
             _data(cos_sin),
             kv_cache.pointer,
-            self._meta_pointer(meta),
+            self._step.pointer(meta),
             num_heads,
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
@@ -285,7 +283,7 @@ class CPUOps:
             self._pool,
             _data(q),
             kv_cache.pointer,
-            self._meta_pointer(meta),
+            self._step.pointer(meta),
             heads,
             scale,
             sliding_window,
@@ -297,7 +295,7 @@ class CPUOps:
     def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> LayerStack | None:
         if not all(map(can_run, layers)):
             return None
-        return DecoderLayers(self._library, layers, final_norm, self._meta_pointer)
+        return DecoderLayers(self._library, layers, final_norm, self._step)
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         rows, vocab = logits.shape
@@ -316,21 +314,6 @@ class CPUOps:
             out.data_ptr(),
         )
         return out
-
-    def _meta_pointer(self, meta: AttentionMetadata) -> int:
-        if meta is not self._meta:
-            self._meta = meta
-            struct = self._meta_struct
-            struct.query_start_loc = _data(meta.query_start_loc)
-            struct.seq_lens = _data(meta.seq_lens)
-            assert meta.block_table.stride(1) == 1 or meta.block_table.shape[1] == 1
-            struct.block_table = meta.block_table.data_ptr()
-            struct.slot_mapping = _data(meta.slot_mapping)
-            struct.positions = _data(meta.positions)
-            struct.block_table_stride = meta.block_table.stride(0)
-            struct.num_seqs = meta.seq_lens.shape[0]
-            struct.num_tokens = meta.positions.shape[0]
-        return ctypes.addressof(self._meta_struct)
 
 
 def create_cpu_ops(num_threads: int | None = None, isa: str | None = None) -> CPUOps | None:
