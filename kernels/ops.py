@@ -7,6 +7,7 @@ does not depend on the rows that came with it, nor on how a prompt was cut into 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -77,6 +78,38 @@ class KVCache(Protocol):
     """One layer's blocks. Only the implementation that made it looks inside."""
 
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParameters:
+    """One layer of a dense decoder, for an implementation that computes whole layers. Norm weights and `cos_sin` are
+    float32; None: the layer has no such norm."""
+
+    num_heads: int
+    qkv: LinearWeight  # [(h + 2k) * d, hidden]
+    o: LinearWeight  # [hidden, h * d]
+    gate_up: LinearWeight  # [2 * intermediate, hidden]
+    down: LinearWeight  # [hidden, intermediate]
+    gelu: bool  # the activation: tanh-GELU, or else SiLU
+    attention_norm: torch.Tensor  # [hidden], before attention
+    mlp_norm: torch.Tensor
+    post_attention_norm: torch.Tensor | None
+    post_mlp_norm: torch.Tensor | None
+    q_norm: torch.Tensor | None  # [d]
+    k_norm: torch.Tensor | None
+    eps: float
+    cos_sin: torch.Tensor  # [max_positions, d]
+    scale: float
+    sliding_window: int
+    soft_cap: float
+
+
+class LayerStack(Protocol):
+    """All layers of a decoder, from the embedding to the final norm."""
+
+    def forward(self, embedded: torch.Tensor, meta: AttentionMetadata, kv_caches: list[KVCache]) -> torch.Tensor:
+        """embedded [t, hidden], one cache a layer -> hidden states [t, hidden], final norm applied."""
+        ...
 
 
 class Ops(Protocol):
@@ -211,6 +244,10 @@ class Ops(Protocol):
     def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """x [t, m], weights float32 [t], cu_seqlens int32 [n + 1] -> float32 [n, m]: each sequence's weighted sum of
         rows."""
+        ...
+
+    def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> LayerStack | None:
+        """The layers as one op, to the same bits as one op after another; None if this implementation has none."""
         ...
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:

@@ -6,7 +6,7 @@ makes it so: products by oneDNN-packed weights (`cpu_linear`), and an attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from llmserve.kernels.ops import (
     AttentionMetadata,
     KVCache,
     KVCacheSpec,
+    LayerParameters,
+    LayerStack,
     LinearWeight,
     PackedSequences,
     SamplingTensors,
@@ -203,6 +205,9 @@ class ReferenceOps:
     def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         lengths = cu_seqlens.diff().long()
         return torch.segment_reduce(x.float() * weights[:, None], "sum", lengths=lengths, axis=0)
+
+    def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> LayerStack | None:
+        return None
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         return sample(logits, sampling)

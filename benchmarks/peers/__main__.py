@@ -2,10 +2,13 @@
 
     python -m benchmarks.peers setup llama.cpp openvino vllm
     python -m benchmarks.peers run llama.cpp openvino vllm --rounds 3 --json FILE
+    python -m benchmarks.peers run standard
 
-`run` takes peers (all their formats) or single ones (`llama.cpp:q4_0`, `llmserve:int8`); unless some of llmserve's own
-are named, all of them take part. Each turn starts a server, measures and stops it, and the order turns with the round,
-so that what else the machine does falls on all alike. Needs an otherwise idle machine; figures are medians over rounds.
+`run` takes peers (all their formats), single ones (`llama.cpp:q4_0`, `llmserve:int8`), or `standard`: what RESULTS.md
+compares, 16, 8 and 4 bits of each. Three rounds of it take some 26 minutes on two cores, with --requests-per-user 2
+some 20. Unless some of llmserve's own are named, all of them take part. Each turn starts a server, measures and stops
+it, and the order turns with the round, so that what else the machine does falls on all alike. Needs an otherwise idle
+machine; figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ import httpx
 
 from benchmarks.peers.install import PEERS, install, write_gguf_files
 from benchmarks.peers.measure import Figures, Plan, measure, medians, metrics
+from benchmarks.peers.report import print_figures, print_ratios, ratios
 from benchmarks.peers.servers import Contender, Layout, contenders, running
 from llmserve.repository import embedded
 from llmserve.repository.cache import cache_dir
 
-BITS = (16, 8, 4)
+STANDARD = ["llmserve:default", "llmserve:bf16", "llmserve:q8_0", "llmserve:q4_0", "llama.cpp:bf16", "llama.cpp:q8_0"]
+STANDARD += ["llama.cpp:q4_0", "openvino:fp16", "openvino:int8", "openvino:int8-kv16", "openvino:int4"]
 
 
 def main() -> int:
@@ -78,8 +83,10 @@ def _parse() -> argparse.Namespace:
 
 def choose(names: list[str], known: list[Contender]) -> list[Contender]:
     """Those that are named, by themselves or by their peer, and llmserve's own."""
-    if not any(name.partition(":")[0] == "llmserve" for name in names):
+    if not any(name.partition(":")[0] in ("llmserve", "standard") for name in names):
         names = ["llmserve", *names]
+    if "standard" in names:
+        names = [*(name for name in names if name != "standard"), *STANDARD]
     unknown = [name for name in names if not any(name in (one.name, one.peer) for one in known)]
     if unknown:
         raise SystemExit(f"No such server: {', '.join(unknown)}. There are: {', '.join(one.name for one in known)}.")
@@ -101,8 +108,8 @@ def run_rounds(
             log = logs / f"{contender.name.replace(':', '-')}.log"
             begin_s = time.monotonic()
             try:
-                with tempfile.TemporaryDirectory() as scratch, running(contender, log) as url:
-                    figures = measure(url, plan, number, Path(scratch) / "bench.json")
+                with tempfile.TemporaryDirectory() as scratch, running(contender, log) as server:
+                    figures = measure(server, plan, number, Path(scratch) / "bench.json")
             except (RuntimeError, OSError, httpx.HTTPError) as error:
                 failures[contender.name] = str(error)
                 outcome = "failed"
@@ -141,50 +148,6 @@ def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def ratios(chosen: list[Contender], summary: dict[str, Figures], plan: Plan) -> dict[str, dict[str, dict[str, Any]]]:
-    """Metric -> width of weights ("any" for all) -> our best over the peers' best, and who these are."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for metric in metrics(plan):
-        best = max if metric.higher_is_better else min
-        for width in (*BITS, None):
-            measured = [one for one in chosen if one.in_ratios and width in (None, one.bits) and summary[one.name]]
-            ours = [one for one in measured if one.peer == "llmserve"]
-            theirs = [one for one in measured if one.peer != "llmserve"]
-            if not (ours and theirs):
-                continue
-            our_best, their_best = (
-                best(side, key=lambda one: summary[one.name][metric.key]) for side in (ours, theirs)
-            )
-            found.setdefault(metric.title, {})[str(width or "any")] = {
-                "ratio": summary[our_best.name][metric.key] / summary[their_best.name][metric.key],
-                "ours": our_best.name,
-                "peer": their_best.name,
-            }
-    return found
-
-
-def print_figures(summary: dict[str, Figures], plan: Plan) -> None:
-    titles = ["decode tok/s c=1", "TTFT p50 ms c=1"] if 1 in plan.concurrency else []
-    keys = ["c1_decode_tok_s", "c1_ttft_p50_ms"] if 1 in plan.concurrency else []
-    for concurrency in plan.concurrency:
-        if concurrency > 1:
-            titles += [f"out tok/s c={concurrency}", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms"]
-            keys += [f"c{concurrency}_{key}" for key in ("out_tok_s", "ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")]
-    print("\n" + "  ".join([f"{'server':20}", *titles, "prefill tok/s"]))
-    for name, figures in summary.items():
-        if figures:
-            cells = [f"{figures[key]:{len(title)}.1f}" for key, title in zip(keys, titles, strict=True)]
-            print("  ".join([f"{name:20}", *cells, f"{figures['prefill_tok_s']:13.0f}"]))
-
-
-def print_ratios(chosen: list[Contender], summary: dict[str, Figures], plan: Plan) -> None:
-    """Ours over the best peer. Above 1 is better, but for TTFT, where it is below 1."""
-    print("\nour best / best peer, by bits of a weight")
-    for title, widths in ratios(chosen, summary, plan).items():
-        for width, row in widths.items():
-            print(f"  {title:22} {width:>3}: {row['ratio']:5.2f}   {row['ours']} / {row['peer']}")
 
 
 if __name__ == "__main__":

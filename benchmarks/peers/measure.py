@@ -14,6 +14,9 @@ from typing import Any
 
 import httpx
 
+from benchmarks.peers.cpu_time import front_and_rest
+from benchmarks.peers.servers import RunningServer
+
 PROMPT_LEN, PREFILL_TOKENS, PREFILL_REPEATS = "64:192", 1024, 3
 MIN_REQUESTS, WARMUP_LEN = 6, 8
 
@@ -38,15 +41,15 @@ class Metric:
     higher_is_better: bool = True
 
 
-def measure(url: str, plan: Plan, number: int, scratch: Path) -> Figures:
+def measure(server: RunningServer, plan: Plan, number: int, scratch: Path) -> Figures:
     """One turn. Servers with the same `number` get the same prompts, and no server gets one twice.
 
     Raises RuntimeError if a request fails or an answer is not as long as was asked: such figures compare nothing.
     """
     figures: Figures = {}
     for concurrency in plan.concurrency:
-        figures |= _load(url, plan, concurrency, 1000 * number + concurrency, scratch)
-    figures["prefill_tok_s"] = _prefill(url, number)
+        figures |= _load(server, plan, concurrency, 1000 * number + concurrency, scratch)
+    figures["prefill_tok_s"] = _prefill(server.url, number)
     return figures
 
 
@@ -68,12 +71,16 @@ def medians(rounds: Iterable[Figures]) -> Figures:
     return {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]} if rounds else {}
 
 
-def _load(url: str, plan: Plan, concurrency: int, seed: int, scratch: Path) -> Figures:
+def _load(server: RunningServer, plan: Plan, concurrency: int, seed: int, scratch: Path) -> Figures:
     """A closed loop, after a short one that meets the batch sizes some peers compile kernels for at first sight."""
     num_requests = max(MIN_REQUESTS, plan.requests_per_user * concurrency)
-    _bench(url, concurrency, concurrency, min(plan.output_len, WARMUP_LEN), seed + 500, scratch)
-    summary = _bench(url, concurrency, num_requests, plan.output_len, seed, scratch)
+    _bench(server.url, concurrency, concurrency, min(plan.output_len, WARMUP_LEN), seed + 500, scratch)
+    before = front_and_rest(server.pid)
+    summary = _bench(server.url, concurrency, num_requests, plan.output_len, seed, scratch)
+    front, rest = (end - start for end, start in zip(front_and_rest(server.pid), before, strict=True))
     figures = {
+        "front_cpu_percent": 100 * front / (front + rest) if front + rest else 0.0,
+        "cpu_s": front + rest,
         "out_tok_s": summary["output_tokens_per_s"],
         "decode_tok_s": 1e3 / summary["tpot_ms"]["p50"],
         "ttft_p50_ms": summary["ttft_ms"]["p50"],
@@ -104,14 +111,15 @@ def _bench(url: str, concurrency: int, num_requests: int, output_len: int, seed:
 def _prefill(url: str, number: int) -> float:
     """Tokens a second from a prompt's arrival to its one token of answer: the median of some prompts, each new."""
     seconds = []
-    for repeat in range(PREFILL_REPEATS):
-        first = 7919 * (PREFILL_REPEATS * number + repeat + 1)
-        prompt = [(17 * at + first) % 40000 + 100 for at in range(PREFILL_TOKENS)]
-        begin_s = time.perf_counter()
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1}, timeout=120)
-        seconds.append(time.perf_counter() - begin_s)
-        answer.raise_for_status()
-        counted = answer.json()["usage"]["prompt_tokens"]
-        if counted != PREFILL_TOKENS:
-            raise RuntimeError(f"the server counts {counted} tokens in a prompt of {PREFILL_TOKENS} ids")
+    with httpx.Client(timeout=120) as client:  # made once: a client reads certificates for 25 ms
+        for repeat in range(PREFILL_REPEATS):
+            first = 7919 * (PREFILL_REPEATS * number + repeat + 1)
+            prompt = [(17 * at + first) % 40000 + 100 for at in range(PREFILL_TOKENS)]
+            begin_s = time.perf_counter()
+            answer = client.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+            seconds.append(time.perf_counter() - begin_s)
+            answer.raise_for_status()
+            counted = answer.json()["usage"]["prompt_tokens"]
+            if counted != PREFILL_TOKENS:
+                raise RuntimeError(f"the server counts {counted} tokens in a prompt of {PREFILL_TOKENS} ids")
     return PREFILL_TOKENS / statistics.median(seconds)

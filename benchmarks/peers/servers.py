@@ -134,9 +134,17 @@ def _vllm(layout: Layout, threads: int) -> list[Contender]:
     return [Contender(peer="vllm", format="bf16", bits=16, command=command, env=env)]
 
 
+@dataclass(frozen=True)
+class RunningServer:
+    """Where it answers, and its first process."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def running(contender: Contender, log: Path) -> Iterator[str]:
-    """The URL of a fresh server that has answered once. It and all its children have ended afterwards."""
+def running(contender: Contender, log: Path) -> Iterator[RunningServer]:
+    """A fresh server that has answered once. It and all its children have ended afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -148,7 +156,7 @@ def running(contender: Contender, log: Path) -> Iterator[str]:
         )
         try:
             _wait_until_it_answers(url, process, log)
-            yield url
+            yield RunningServer(url, process.pid)
         finally:
             _stop(process)
 

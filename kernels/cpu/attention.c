@@ -7,6 +7,7 @@
  */
 #include "attention_tile.h"
 #include "kv_layout.h"
+#include "op_calls.h"
 #include "pool.h"
 
 enum { PART = 512 };

@@ -1,5 +1,6 @@
 /* Norms, activations, sums over sequences and the embedding lookup: rows in, rows out. Knows no model. */
 #include "pool.h"
+#include "op_calls.h"
 #include "simd.h"
 
 enum { INLINE_ELEMENTS = 1 << 14, TILE_ELEMENTS = 1 << 13 }; /* below the first one thread is faster than waking two */

@@ -1,5 +1,5 @@
 /* x @ W^T + bias: quantises the activations where the format asks for it, cuts the output into tasks, runs them. */
-#include "gemm.h"
+#include "op_calls.h"
 
 enum { BLOCK_ROWS = 96, MAX_GROUPS = 16 }; /* of one task: its part of x stays in L2, its part of W is read once */
 
@@ -26,6 +26,8 @@ static int plan(Gemm *g, int threads) {
     g->groups = (g->w->n + GROUP - 1) / GROUP;
     g->row_tasks = (g->m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     g->rows_per_task = (g->m + g->row_tasks - 1) / g->row_tasks;
+    if (g->tile_rows) g->rows_per_task += (g->tile_rows - g->rows_per_task % g->tile_rows) % g->tile_rows;
+    g->row_tasks = (g->m + g->rows_per_task - 1) / g->rows_per_task;
     int64_t best = INT64_MAX, tasks = 0;
     for (int size = MAX_GROUPS; size; size--) {
         int64_t count = (g->groups + size - 1) / size * g->row_tasks, cost = (count + threads - 1) / threads * size;
@@ -41,11 +43,12 @@ EXPORT void llm_linear(Pool *pool, const Weight *w, const void *x, void *out, in
     if (m == 0) return;
     Gemm g = {.w = w, .x = x, .out = out, .m = m, .dtype = out_dtype, .x_bytes = k * dtype_bytes(dtype)};
     if (w->format >= FMT_INT8) {
-        int64_t block = w->format == FMT_INT8 ? 0 : QK, blocks = block ? w->k / block : 1;
-        int8_t *bytes = thread_scratch(0, (size_t)(m * w->k));
-        float *scales = thread_scratch(1, sizeof(float) * (size_t)(m * blocks));
-        int32_t *sums = thread_scratch(2, sizeof(int32_t) * (size_t)(m * blocks));
-        quantize_rows(pool, x, m, k, w->k, block, -zero_point(w->format), dtype, bytes, scales, sums);
+        g.tile_rows = w->format == FMT_INT8 ? 0 : block_tile_rows(m);
+        int64_t spans = g.tile_rows ? w->k / QK * (m + g.tile_rows) : m;
+        int8_t *bytes = thread_scratch(0, (size_t)((m + g.tile_rows) * w->k));
+        float *scales = thread_scratch(1, sizeof(float) * (size_t)spans);
+        int32_t *sums = thread_scratch(2, sizeof(int32_t) * (size_t)spans);
+        quantize_rows(pool, x, m, k, w->k, g.tile_rows, -zero_point(w->format), dtype, bytes, scales, sums);
         g.x = (const char *)bytes, g.x_bytes = w->k, g.x_scales = scales, g.x_sums = sums;
     }
     int tasks = plan(&g, pool_threads(pool));

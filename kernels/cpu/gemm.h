@@ -17,13 +17,16 @@ typedef struct {
     int format;
 } Weight;
 
-enum { MAX_R = 6, QK = 32 };
+enum { QK = 32 };
 
 typedef struct {
     const Weight *w;
-    const char *x; /* [m, k] as the kernel reads it: fp32, bf16, or signed bytes */
-    int64_t x_bytes; /* of a row */
-    const float *x_scales; /* quantised x: [m] (FMT_INT8) or [m, k / 32] */
+    /* As the kernel reads it: [m, k] fp32, bf16 or (FMT_INT8) signed bytes; for the block formats signed bytes in panels
+     * of rows, [m / tile_rows][k / 32][tile_rows][32], so that within a tile every address is a constant away. The last
+     * panel has room for as many rows as the others. */
+    const char *x;
+    int64_t x_bytes, tile_rows; /* of a row; of a panel */
+    const float *x_scales; /* quantised x: [m] (FMT_INT8) or as the panels, a scale for 32 bytes */
     const int32_t *x_sums; /* sums of the bytes those scales belong to, times minus the weights' zero point */
     char *out;             /* [m, n] */
     int dtype;             /* of out */
@@ -39,9 +42,12 @@ void gemm_q8_0(const Gemm *g, int64_t row, int64_t end, int64_t group, int count
 void gemm_q4_0(const Gemm *g, int64_t row, int64_t end, int64_t group, int count);
 void gemm_q4_1(const Gemm *g, int64_t row, int64_t end, int64_t group, int count);
 
-/* x [m, k] of dtype -> bytes [m, k_packed], and scales and sums of every `block` elements (0: of the whole row); the
- * sums are multiplied by `factor`. */
-void quantize_rows(Pool *pool, const void *x, int64_t m, int64_t k, int64_t k_packed, int64_t block, int32_t factor,
+/* Rows that the kernels of block formats compute together, where there are m. */
+int64_t block_tile_rows(int64_t m);
+
+/* x [m, k] of dtype -> bytes in panels of tile_rows, with a scale and a sum for every 32 (see Gemm); tile_rows 0: bytes
+ * [m, k_packed], with a scale and a sum a row. The sums are multiplied by `factor`. */
+void quantize_rows(Pool *pool, const void *x, int64_t m, int64_t k, int64_t k_packed, int64_t tile_rows, int32_t factor,
                    int dtype, int8_t *out, float *scales, int32_t *sums);
 
 /* One row of a finished group: values + bias -> out, in its dtype; the last group may be partly padding. */
@@ -58,12 +64,4 @@ INLINE void gemm_store(const Gemm *g, int64_t row, int64_t group, const vf *valu
     memcpy(g->out + at * dtype_bytes(g->dtype), tail, (size_t)((g->w->n - column) * dtype_bytes(g->dtype)));
 }
 
-#define GEMM_FOR_R(R, call) \
-    switch (R) { \
-    case 1: call(1); break; \
-    case 2: call(2); break; \
-    case 3: call(3); break; \
-    case 4: call(4); break; \
-    case 5: call(5); break; \
-    default: call(6); break; \
-    }
+

@@ -2,8 +2,11 @@
  * then value += dot * (weight scale * activation scale) in fp32, block after block: one order for every batch. */
 #include "gemm.h"
 
-/* Two sets of accumulators must fit into the registers: 6 rows by 2 groups, or few rows by 4, to have chains enough. */
-enum { MAX_NT = VL == 16 ? 4 : 1, TILE_NT = VL == 16 ? 2 : 1, TILE_R = VL == 16 ? 6 : 3, WIDE_R = 2 };
+/* Two sets of accumulators must fit into the registers: many rows by one group, or fewer by two, which loads less. */
+enum { WIDE = VL == 16 ? 2 : 1, WIDE_R = VL == 16 ? 6 : 3, MAX_R = VL == 16 ? 12 : 3 };
+enum { AHEAD = 2048 }; /* bytes between what is computed and what is fetched from memory */
+
+int64_t block_tile_rows(int64_t m) { return m <= MAX_R ? m : WIDE_R; }
 
 /* Bytes of one block of 16 columns. */
 INLINE int64_t block_bytes(int format) {
@@ -16,38 +19,38 @@ INLINE vi weight_lanes(const char *quants, int j, int v, int format) {
     return (vi)((j < 4 ? packed : packed >> 4) & 0x0f0f0f0f);
 }
 
-INLINE void tile(const Gemm *g, int64_t row, int64_t group, int R, int NT, int format) {
-    int64_t blocks = g->w->k / QK, bytes = block_bytes(format);
-    const char *x = g->x + row * g->x_bytes, *columns = g->w->data + group * blocks * bytes;
+/* R rows from `row`, the first of a panel of x, times NT groups; meanwhile fetches as many bytes from `next` on. */
+INLINE void tile(const Gemm *g, int64_t row, int64_t group, const char *next, int R, int NT, int format) {
+    int64_t blocks = g->w->k / QK, bytes = block_bytes(format), step = g->tile_rows;
+    const char *columns = g->w->data + group * blocks * bytes, *x = g->x + row * blocks * QK;
     const int32_t *x_sums = g->x_sums + row * blocks;
     const float *x_scales = g->x_scales + row * blocks;
-    vf acc[TILE_R][MAX_NT * GV];
+    vf acc[MAX_R][WIDE * GV];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NT * GV; v++) acc[r][v] = vf_set(0);
-    for (int64_t b = 0; b < blocks; b++, x += QK) {
-        const char *block[MAX_NT];
-        vi sum[TILE_R][MAX_NT * GV];
-        for (int t = 0; t < NT; t++) block[t] = columns + (t * blocks + b) * bytes;
+    for (int64_t b = 0; b < blocks; b++, x += step * QK, x_sums += step, x_scales += step, columns += bytes) {
+        vi sum[MAX_R][WIDE * GV];
+        for (int64_t i = 0; i < NT * bytes; i += 64) prefetch(next + i);
+        next += NT * bytes;
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < NT * GV; v++)
-                sum[r][v] = format == FMT_Q4_1 ? vi_set(0) : vi_set(x_sums[r * blocks + b]);
+            for (int v = 0; v < NT * GV; v++) sum[r][v] = format == FMT_Q4_1 ? vi_set(0) : vi_set(x_sums[r]);
         for (int j = 0; j < 8; j++) {
-            vi w[MAX_NT * GV];
+            vi w[WIDE * GV];
             for (int v = 0; v < NT * GV; v++)
-                w[v] = weight_lanes(block[v / GV] + (format == FMT_Q4_1 ? 64 : 32), j, v % GV, format);
+                w[v] = weight_lanes(columns + v / GV * blocks * bytes + (format == FMT_Q4_1 ? 64 : 32), j, v % GV, format);
             for (int r = 0; r < R; r++) {
-                vi a = vi_broadcast(x + r * g->x_bytes + j * 4);
+                vi a = vi_broadcast(x + r * QK + j * 4);
                 for (int v = 0; v < NT * GV; v++) sum[r][v] = dot_i8(sum[r][v], w[v], a);
             }
         }
         for (int v = 0; v < NT * GV; v++) {
-            const char *factors = block[v / GV] + v % GV * VL * 2;
+            const char *factors = columns + v / GV * blocks * bytes + v % GV * VL * 2;
             vf scale = vf_from_f16(vh_load(factors)), minimum = vf_set(0);
             if (format == FMT_Q4_1) minimum = vf_from_f16(vh_load(factors + 32));
             for (int r = 0; r < R; r++) {
                 vf value = __builtin_convertvector(sum[r][v], vf) * scale;
-                if (format == FMT_Q4_1) value += minimum * (float)x_sums[r * blocks + b];
-                acc[r][v] += value * x_scales[r * blocks + b];
+                if (format == FMT_Q4_1) value += minimum * (float)x_sums[r];
+                acc[r][v] += value * x_scales[r];
             }
         }
     }
@@ -55,25 +58,26 @@ INLINE void tile(const Gemm *g, int64_t row, int64_t group, int R, int NT, int f
         for (int t = 0; t < NT; t++) gemm_store(g, row + r, group + t, acc[r] + t * GV);
 }
 
+/* A group comes from memory for the first rows, fetched a little ahead; the other rows find it in the cache, and fetch
+ * the following one meanwhile. */
 INLINE void panels(const Gemm *g, int64_t row, int64_t end, int64_t group, int count, int format) {
-    int64_t num_tiles = (end - row + TILE_R - 1) / TILE_R;
-    int width = end - row <= WIDE_R ? MAX_NT : TILE_NT;
-    while (count > 0) {
-        int NT = count >= width ? width : count >= TILE_NT ? TILE_NT : 1;
-        int64_t first = row;
-        for (int64_t t = 0; t < num_tiles; t++) {
-            int R = (int)((end - first + num_tiles - t - 1) / (num_tiles - t));
-#define WIDE(n) tile(g, first, group, n, MAX_NT, format)
-#define NARROW(n) tile(g, first, group, n, TILE_NT, format)
-#define ONE(n) tile(g, first, group, n, 1, format)
-            if (NT == TILE_NT) GEMM_FOR_R(R, NARROW)
-            else if (NT == 1) GEMM_FOR_R(R, ONE)
-            else if (R == 1) WIDE(1);
-            else WIDE(2);
-            first += R;
+    int64_t group_bytes = g->w->k / QK * block_bytes(format);
+    for (int NT = g->m > MAX_R ? WIDE : 1; count > 0; group += NT, count -= NT) {
+        if (NT > count) NT = 1;
+        const char *here = g->w->data + group * group_bytes, *next = here + AHEAD;
+        for (int64_t first = row; first < end; first += g->tile_rows, next = here + NT * group_bytes) {
+            int R = (int)(end - first < g->tile_rows ? end - first : g->tile_rows);
+#define ONE(n) case n: tile(g, first, group, next, n, 1, format); break;
+#define TWO(n) case n: tile(g, first, group, next, n, 2, format); break;
+#if VL == 16
+            if (NT == 2) switch (R) { TWO(1) TWO(2) TWO(3) TWO(4) TWO(5) TWO(6) }
+            else switch (R) {
+                ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+            }
+#else
+            switch (R) { ONE(1) ONE(2) ONE(3) }
+#endif
         }
-        group += NT;
-        count -= NT;
     }
 }
 void gemm_q8_0(const Gemm *g, int64_t row, int64_t end, int64_t group, int count) {

@@ -2,7 +2,17 @@
  * any number of rows and columns computed beside it. */
 #include "gemm.h"
 
-enum { MAX_NT = VL == 16 ? 4 : 1 }; /* groups whose accumulators, times MAX_R, stay in registers */
+enum { MAX_R = 6, MAX_NT = VL == 16 ? 4 : 1 }; /* groups whose accumulators, times MAX_R, stay in registers */
+
+#define GEMM_FOR_R(R, call) \
+    switch (R) { \
+    case 1: call(1); break; \
+    case 2: call(2); break; \
+    case 3: call(3); break; \
+    case 4: call(4); break; \
+    case 5: call(5); break; \
+    default: call(6); break; \
+    }
 
 /* `next` points to lanes that will be read soon: one line of it is fetched at each step, if there are
  * rows enough to hide it. */

@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 
 from llmserve.kernels.cpu.weights import GROUP, CPULinearWeight, pad_rows, row_slices
+from llmserve.kernels.memory import WeightMemory
 from llmserve.kernels.weight_formats import GGUF_FORMATS
 
 BLOCK = 32
 
 
-def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None) -> CPULinearWeight:
+def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
     """raw uint8 [out, bytes of a row], rows as in the file -> a weight of the same format. Raises ValueError."""
     name = ggml_type.lower()
     if name not in GGUF_FORMATS:
@@ -27,19 +28,19 @@ def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None) -> C
     in_features = row_bytes // block_bytes * weights
     kernel = "q4_1" if name == "q4_k" else name
     group_bytes = GROUP * GGUF_FORMATS[kernel][1]
-    data = torch.empty((-(-out_features // GROUP), in_features // BLOCK, group_bytes), dtype=torch.uint8)
+    data = memory.empty((-(-out_features // GROUP), in_features // BLOCK, group_bytes), torch.uint8)
     for part, groups in row_slices(out_features, in_features):
         blocks = raw[part].reshape(part.stop - part.start, -1, block_bytes)
         data[groups] = _pack_blocks(_q4_1_from_q4_k(blocks) if name == "q4_k" else blocks, kernel)
     return CPULinearWeight(name, kernel, (out_features, in_features), in_features, data, bias=bias)
 
 
-def pack_q8_0(weight: torch.Tensor, bias: torch.Tensor | None) -> CPULinearWeight:
+def pack_q8_0(weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
     """[out, in] of any float type -> blocks of Q8_0: 32 signed bytes and their scale (absmax / 127) in fp16."""
     rows, columns = weight.shape
     if columns % BLOCK:
         raise ValueError(f"Rows of {columns} elements cannot be cut into the blocks of 32 that q8_0 needs.")
-    data = torch.empty((-(-rows // GROUP), columns // BLOCK, GROUP * GGUF_FORMATS["q8_0"][1]), dtype=torch.uint8)
+    data = memory.empty((-(-rows // GROUP), columns // BLOCK, GROUP * GGUF_FORMATS["q8_0"][1]), torch.uint8)
     for part, groups in row_slices(rows, columns):
         values = weight[part].float().reshape(-1, columns // BLOCK, BLOCK)
         scales = values.abs().amax(dim=2, keepdim=True) / 127

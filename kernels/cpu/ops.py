@@ -6,12 +6,13 @@ or on the number of threads. A decode step makes hundreds of these calls, so eac
 
 from __future__ import annotations
 
-import ctypes
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from llmserve.kernels.cpu.decoder import DecoderLayers, can_run
 from llmserve.kernels.cpu.gguf_blocks import pack_gguf, pack_q8_0
 from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
 from llmserve.kernels.cpu.library import (
@@ -20,15 +21,18 @@ from llmserve.kernels.cpu.library import (
     POST_NORM,
     PRE_NORM,
     Library,
-    StepMetaStruct,
     load_library,
 )
+from llmserve.kernels.cpu.step_meta import StepMeta
 from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8, packed_bytes
+from llmserve.kernels.memory import WeightMemory
 from llmserve.kernels.ops import (
     Activation,
     AttentionMetadata,
     KVCache,
     KVCacheSpec,
+    LayerParameters,
+    LayerStack,
     LinearWeight,
     PackedSequences,
     SamplingTensors,
@@ -47,8 +51,8 @@ class CPUOps:
         self.num_threads = library.num_threads
         self._library = library
         self._pool = library.pool
-        self._meta: AttentionMetadata | None = None  # of the running step: its layers share one struct
-        self._meta_struct = StepMetaStruct()
+        self._weights = WeightMemory()
+        self._step = StepMeta()
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
         return 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
@@ -62,18 +66,18 @@ class CPUOps:
         """`fmt` "dense" keeps float32 or bfloat16; "int8" makes W8A8, and so does "q8_0", by blocks of 32 weights and
         activations with a scale each. Another is a ValueError."""
         if fmt == INT8:
-            return pack_int8(weight, bias)
+            return pack_int8(weight, bias, self._weights)
         if fmt == Q8_0:
-            return pack_q8_0(weight, bias)
+            return pack_q8_0(weight, bias, self._weights)
         if fmt != DENSE:
             raise ValueError(f"The CPU kernels make the weight formats 'dense', 'int8' and 'q8_0', not {fmt!r}.")
         _dtype_of(weight)
-        return pack_dense(weight, bias)
+        return pack_dense(weight, bias, self._weights)
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
         "q4_0", "q4_1" or "q4_k". Rows may be joined (qkv) or permuted before. Another type is a ValueError."""
-        return pack_gguf(raw, ggml_type, bias)
+        return pack_gguf(raw, ggml_type, bias, self._weights)
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         return packed_bytes(fmt, out_features, in_features, dtype.itemsize, has_bias)
@@ -254,7 +258,7 @@ class CPUOps:
             _data(qkv),
             _data(cos_sin),
             kv_cache.pointer,
-            self._meta_pointer(meta),
+            self._step.pointer(meta),
             num_heads,
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
@@ -279,7 +283,7 @@ class CPUOps:
             self._pool,
             _data(q),
             kv_cache.pointer,
-            self._meta_pointer(meta),
+            self._step.pointer(meta),
             heads,
             scale,
             sliding_window,
@@ -287,6 +291,11 @@ class CPUOps:
             out.data_ptr(),
         )
         return out
+
+    def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> LayerStack | None:
+        if not all(map(can_run, layers)):
+            return None
+        return DecoderLayers(self._library, layers, final_norm, self._step)
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         rows, vocab = logits.shape
@@ -305,21 +314,6 @@ class CPUOps:
             out.data_ptr(),
         )
         return out
-
-    def _meta_pointer(self, meta: AttentionMetadata) -> int:
-        if meta is not self._meta:
-            self._meta = meta
-            struct = self._meta_struct
-            struct.query_start_loc = _data(meta.query_start_loc)
-            struct.seq_lens = _data(meta.seq_lens)
-            assert meta.block_table.stride(1) == 1 or meta.block_table.shape[1] == 1
-            struct.block_table = meta.block_table.data_ptr()
-            struct.slot_mapping = _data(meta.slot_mapping)
-            struct.positions = _data(meta.positions)
-            struct.block_table_stride = meta.block_table.stride(0)
-            struct.num_seqs = meta.seq_lens.shape[0]
-            struct.num_tokens = meta.positions.shape[0]
-        return ctypes.addressof(self._meta_struct)
 
 
 def create_cpu_ops(num_threads: int | None = None, isa: str | None = None) -> CPUOps | None:

@@ -9,6 +9,6 @@ typedef void (*TileFn)(const void *job, int tile);
 void pool_run(Pool *pool, TileFn fn, const void *job, int num_tiles);
 int pool_threads(const Pool *pool);
 
-/* A buffer of the calling thread's own, 64-byte aligned, valid until its next call; slots 0..3 are independent. */
-enum { SCRATCH_SLOTS = 4 };
+/* A buffer of the calling thread's own, 64-byte aligned, valid until its next call; slots are independent, 0 to 3 the ops' own. */
+enum { DECODER_SCRATCH = 4, SCRATCH_SLOTS };
 void *thread_scratch(int slot, size_t bytes);

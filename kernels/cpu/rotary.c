@@ -1,5 +1,6 @@
 /* Splits qkv, norms and rotates q and k, writes k and v into their blocks: one pass over a step's new tokens. */
 #include "kv_layout.h"
+#include "op_calls.h"
 #include "pool.h"
 
 enum { TILE_TOKENS = 8, MAX_HEAD_DIM = 256 };

@@ -78,9 +78,31 @@ INLINE float vf_hmax(vf v) {
     return x[0];
 }
 INLINE int32_t vi_sum(vi v) {
+#if VL == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#endif
     int32_t sum = 0;
     for (int i = 0; i < VL; i++) sum += v[i];
     return sum;
+}
+/* Of lanes that are not negative. */
+INLINE vi vi_max(vi a, vi b) {
+#if VL == 16
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif VL == 8
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    vi larger = a > b;
+    return (a & larger) | (b & ~larger);
+#endif
+}
+INLINE int32_t vi_hmax(vi v) {
+#if VL == 16
+    return _mm512_reduce_max_epi32((__m512i)v);
+#endif
+    int32_t max = v[0];
+    for (int i = 1; i < VL; i++) max = v[i] > max ? v[i] : max;
+    return max;
 }
 
 /* ---- bf16 and fp16 ------------------------------------------------------------------------------------------- */

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmserve.kernels.cpu.library import FORMATS, WeightStruct
+from llmserve.kernels.memory import WeightMemory
 from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS, INT8
 
 GROUP = 16
@@ -49,19 +50,21 @@ class CPULinearWeight:
         self.pointer = ctypes.addressof(self._struct)
 
 
-def pack_dense(weight: torch.Tensor, bias: torch.Tensor | None) -> CPULinearWeight:
+def pack_dense(weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
     """[out, in] float32 or bfloat16, kept as it is."""
     kernel = "f32" if weight.dtype == torch.float32 else "bf16"
     padded = _pad_columns(weight, 4 // weight.itemsize)
     shape = (weight.shape[0], weight.shape[1])
-    return CPULinearWeight("dense", kernel, shape, padded.shape[1], pack_lanes(padded), bias=bias)
+    data = memory.empty((-(-shape[0] // GROUP), padded.shape[1] * padded.itemsize // 4, GROUP), torch.int32)
+    data.copy_(pack_lanes(padded))
+    return CPULinearWeight("dense", kernel, shape, padded.shape[1], data, bias=bias)
 
 
-def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> CPULinearWeight:
+def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
     """[out, in] of any float type -> signed bytes, symmetric, one scale an output (absmax / 127)."""
     rows, columns = weight.shape
     padded_in = columns + -columns % 4
-    data = torch.empty((-(-rows // GROUP), padded_in // 4, GROUP), dtype=torch.int32)
+    data = memory.empty((-(-rows // GROUP), padded_in // 4, GROUP), torch.int32)
     scales = torch.empty(rows)
     for part, groups in row_slices(rows, columns):
         values = weight[part].float()
@@ -92,9 +95,9 @@ def row_slices(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def pack_lanes(matrix: torch.Tensor) -> torch.Tensor:
-    """[out, in], `in` a multiple of 4 bytes -> int32 [out / 16, lanes, 16]; missing outputs are zeros."""
+    """[out, in], `in` a multiple of 4 bytes -> int32 [out / 16, lanes, 16], a view; missing outputs are zeros."""
     lanes = pad_rows(matrix.contiguous().view(torch.int32))
-    return lanes.view(-1, GROUP, lanes.shape[1]).transpose(1, 2).contiguous()
+    return lanes.view(-1, GROUP, lanes.shape[1]).transpose(1, 2)
 
 
 def pad_rows(tensor: torch.Tensor) -> torch.Tensor:

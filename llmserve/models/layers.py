@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llmserve.kernels.ops import AttentionMetadata, KVCache, LinearWeight, Ops
+from llmserve.kernels.ops import AttentionMetadata, KVCache, LayerParameters, LinearWeight, Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +87,48 @@ class DecoderLayer:
         if self.post_mlp_norm is not None:
             out = self.ops.rms_norm(out, self.post_mlp_norm, self.eps)
         return out
+
+    def parameters(self) -> LayerParameters:
+        """What it is made of, for ops that compute whole layers."""
+        attention, mlp = self.attention, self.mlp
+        gelu = mlp.activation_and_mul == self.ops.gelu_and_mul
+        assert gelu or mlp.activation_and_mul == self.ops.silu_and_mul
+        return LayerParameters(
+            num_heads=attention.num_heads,
+            qkv=attention.qkv,
+            o=attention.o,
+            gate_up=mlp.gate_up,
+            down=mlp.down,
+            gelu=gelu,
+            attention_norm=self.attention_norm,
+            mlp_norm=self.mlp_norm,
+            post_attention_norm=self.post_attention_norm,
+            post_mlp_norm=self.post_mlp_norm,
+            q_norm=attention.q_norm,
+            k_norm=attention.k_norm,
+            eps=self.eps,
+            cos_sin=attention.cos_sin,
+            scale=attention.scale,
+            sliding_window=attention.sliding_window,
+            soft_cap=attention.soft_cap,
+        )
+
+
+class DecoderLayers:
+    """The layers one op after another: a `LayerStack` of any ops."""
+
+    def __init__(self, ops: Ops, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, eps: float) -> None:
+        self._ops = ops
+        self._layers = layers
+        self._eps = eps
+        # The norm that follows each layer: the next one's first, and after the last the final one.
+        self._next_norms = [layer.attention_norm for layer in layers[1:]] + [final_norm]
+
+    def forward(self, embedded: torch.Tensor, meta: AttentionMetadata, kv_caches: list[KVCache]) -> torch.Tensor:
+        """embedded [t, hidden], one cache a layer -> hidden states [t, hidden], final norm applied."""
+        normed = self._ops.rms_norm(embedded, self._layers[0].attention_norm, self._eps)
+        residual = embedded.to(torch.float32, copy=True)  # rounding each layer's sum is most of what bf16 loses
+        for layer, kv_cache, next_norm in zip(self._layers, kv_caches, self._next_norms, strict=True):
+            out = layer.forward(normed, residual, meta, kv_cache)
+            normed = self._ops.add_rms_norm(out, residual, next_norm, self._eps)
+        return normed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, Ops
+from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LayerStack, LinearWeight, Ops
 from llmserve.models.config import ModelConfig
-from llmserve.models.layers import DecoderLayer
+from llmserve.models.layers import DecoderLayer, DecoderLayers
 
 
 class LlamaModel:
@@ -28,8 +28,10 @@ class LlamaModel:
         self._ops = ops
         self._embedding = embedding
         self._layers = layers
-        # The norm that follows each layer: the next one's first, and after the last the final one.
-        self._next_norms = [layer.attention_norm for layer in layers[1:]] + [final_norm]
+        self._final_norm = final_norm
+        self._stack: LayerStack = ops.fuse_layers(
+            [layer.parameters() for layer in layers], final_norm
+        ) or DecoderLayers(ops, layers, final_norm, config.rms_norm_eps)
         self._lm_head = lm_head
         # Rounded to the weights' type, as the Gemma models were trained.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
@@ -43,7 +45,7 @@ class LlamaModel:
     def nbytes(self) -> int:
         """Memory the weights take, norms included."""
         packed = [linear.nbytes for layer in self._layers for linear in layer.linears]
-        norms = [norm.nbytes for layer in self._layers for norm in layer.norms] + [self._next_norms[-1].nbytes]
+        norms = [norm.nbytes for layer in self._layers for norm in layer.norms] + [self._final_norm.nbytes]
         head_bytes = 0 if self._lm_head is None else self._lm_head.nbytes
         return self._embedding.nbytes + sum(packed) + head_bytes + sum(norms)
 
@@ -57,16 +59,10 @@ class LlamaModel:
 
     def forward(self, token_ids: torch.Tensor, meta: AttentionMetadata, kv_caches: list[KVCache]) -> torch.Tensor:
         """token_ids int64 [t] of a ragged batch, one cache a layer -> hidden states [t, hidden], final norm applied."""
-        eps = self.config.rms_norm_eps
         embedded = self._ops.embedding(token_ids, self._embedding)
         if self._embedding_scale != 1.0:
             embedded = embedded * self._embedding_scale
-        normed = self._ops.rms_norm(embedded, self._layers[0].attention_norm, eps)
-        residual = embedded.to(torch.float32, copy=True)  # rounding each layer's sum is most of what bf16 loses
-        for layer, kv_cache, next_norm in zip(self._layers, kv_caches, self._next_norms, strict=True):
-            out = layer.forward(normed, residual, meta, kv_cache)
-            normed = self._ops.add_rms_norm(out, residual, next_norm, eps)
-        return normed
+        return self._stack.forward(embedded, meta, kv_caches)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [r, hidden], the rows to be sampled -> float32 [r, vocab]."""

@@ -10,7 +10,7 @@ import torch
 
 from llmserve.config import EngineConfig
 from llmserve.errors import ConfigError
-from llmserve.kernels.cpu.ops import usable_cores
+from llmserve.kernels.cpu.ops import CPUOps, usable_cores
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.select import select_ops
 from llmserve.messages import MemoryPlan
@@ -57,6 +57,8 @@ class PreparedModel:
             max_model_len=self.plan.max_model_len,
             progress=progress,
         )
+        if isinstance(self.ops, CPUOps):
+            torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
         return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
 
 

@@ -46,11 +46,11 @@ def run_attention(ops: CPUOps, dtype: torch.dtype) -> None:
 
 def run_linear(ops: CPUOps, dtype: torch.dtype) -> None:
     weight = torch.randn(35, 96)
-    packed = [ops.pack_linear(weight.to(dtype), weight[:, 0], fmt) for fmt in ("dense", "int8")]
+    packed = [ops.pack_linear(weight.to(dtype), weight[:, 0], fmt) for fmt in ("dense", "int8", "q8_0")]
     for name in ("Q8_0", "Q4_0", "Q4_1"):
         raw = quants.quantize(weight.numpy(), GGMLQuantizationType[name])
         packed.append(ops.pack_quantized(torch.from_numpy(np.ascontiguousarray(raw)), name))
-    for m in (1, 5, 13, 100):
+    for m in (1, 5, 12, 13, 100):
         for each in packed:
             ops.linear(torch.randn(m, 96).to(dtype), each)
     for k in (1, 33):

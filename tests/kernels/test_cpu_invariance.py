@@ -35,7 +35,7 @@ def test_rows_of_a_product_do_not_depend_on_the_batch(isa: str, dtype: torch.dty
     ):
         whole = cpu_ops(isa, 1).linear(x, one)
         assert torch.equal(whole, cpu_ops(isa, 2).linear(x, two))
-        for m in (1, 2, 3, 5, 6, 7, 32, 97):
+        for m in (*range(1, 15), 32, 97):
             assert torch.equal(cpu_ops(isa, 2).linear(x[3 : 3 + m], two), whole[3 : 3 + m]), (one.format, m)
 
 
