@@ -1,0 +1,125 @@
+"""The Triton kernels behind the `Ops` interface, for NVIDIA and AMD GPUs. Knows tensors and shapes, no arithmetic.
+
+Every op but `linear` is batch-invariant to the bit: each row goes through the same instructions whatever comes with it.
+`linear` is the vendor's matrix library through torch, which may choose another algorithm for another number of rows:
+there a row's last bits can depend on the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
+from llmserve.kernels.reference import DenseLinearWeight
+from llmserve.kernels.triton import activation, embedding, norm, rotary, split_attention
+from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
+from llmserve.kernels.triton.sampling import sample as draw
+from llmserve.kernels.triton.tables import attention_tiles
+from llmserve.kernels.weight_formats import DENSE
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PROGRAMS_A_PROCESSOR = 2  # of attention that run at once on a multiprocessor
+
+
+class TritonOps:
+    """Implements `Ops` on one kind of device. `architecture` as "sm_90"; `num_processors`: its multiprocessors."""
+
+    name = "triton"
+    weight_formats: tuple[str, ...] = (DENSE,)
+
+    def __init__(self, architecture: str, num_processors: int) -> None:
+        self.architecture = architecture
+        self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
+
+    def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
+        check_spec(spec)
+        return bytes_per_block(spec)
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> TritonKVCache:
+        """A spec these kernels do not know is a ValueError."""
+        return TritonKVCache(spec, num_blocks, device)
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
+        """Only "dense" is known here; another `fmt` is a ValueError."""
+        if fmt != DENSE:
+            raise ValueError(f"The Triton kernels know the weight format 'dense', not {fmt!r}.")
+        return DenseLinearWeight(weight, bias)
+
+    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+        """Always a ValueError: dequantise, and pack the dense matrix."""
+        raise ValueError(f"The Triton kernels know the weight format 'dense', not {ggml_type!r}.")
+
+    def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
+        assert fmt in self.weight_formats
+        return (out_features * in_features + out_features * has_bias) * dtype.itemsize
+
+    def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """On CUDA `out_dtype` float32 keeps what was accumulated."""
+        assert isinstance(weight, DenseLinearWeight)
+        if out_dtype is None or out_dtype == x.dtype:
+            return F.linear(x, weight.weight, weight.bias)
+        if not x.is_cuda:
+            return F.linear(x.to(out_dtype), weight.weight.to(out_dtype), _cast(weight.bias, out_dtype))
+        product: torch.Tensor = torch.mm(x, weight.weight.t(), out_dtype=out_dtype)
+        return product if weight.bias is None else product + weight.bias
+
+    def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """An id outside the table gives a row of NaN."""
+        return embedding.embedding(token_ids, table)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def rotary_and_cache(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        assert isinstance(kv_cache, TritonKVCache)
+        return rotary.rotary_and_cache(qkv, cos_sin, kv_cache, meta, num_heads, q_norm, k_norm, eps)
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        assert isinstance(kv_cache, TritonKVCache)
+        tiles = attention_tiles(self.architecture, kv_cache.spec.head_dim, kv_cache.spec.dtype.itemsize)
+        return split_attention.paged_attention(
+            q, kv_cache, meta, scale, sliding_window, soft_cap, tiles, self._min_programs
+        )
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return activation.gate_and_mul(gate_up, gelu=False)
+
+    def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return activation.gate_and_mul(gate_up, gelu=True)
+
+    def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+        return draw(logits, sampling)
+
+
+def create_triton_ops(device: torch.device) -> TritonOps:
+    """For a CUDA (or ROCm) device of this machine."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.partition(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return TritonOps(architecture, properties.multi_processor_count)
+
+
+def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if bias is None else bias.to(dtype)

@@ -1,0 +1,119 @@
+"""Paged attention against plain torch: ragged batches, types, groups, windows, soft caps; and what may not matter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmserve.kernels.ops import KVCacheSpec
+from llmserve.kernels.triton.tables import AttentionTiles, attention_tiles
+from tests.kernels.cpu_cases import PagedBatch, relative_error, to_device
+from tests.kernels.triton.triton_cases import DEVICE, DTYPES, REFERENCE, SMALL, SmallTileOps, tolerance
+
+STEPS = [[(0, 0, 1), (1, 0, 60), (2, 0, 99)], [(0, 0, 1), (1, 60, 67), (2, 99, 100)]]  # prompts, then a mixed batch
+SEQ_LENS = [1, 67, 100]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "soft_cap", "with_norm"), [(0, 0.0, True), (37, 0.0, False), (70, 20.0, False)])
+def test_attention(dtype: torch.dtype, window: int, soft_cap: float, with_norm: bool) -> None:
+    batch = PagedBatch.random(KVCacheSpec(2, 32, 16, dtype), 6, SEQ_LENS)
+    norm = torch.rand(32) + 0.5 if with_norm else None
+    run = {"window": window, "soft_cap": soft_cap, "norm": norm}
+    actual = batch.run(SmallTileOps(), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
+    split = batch.run(SmallTileOps(split=True), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
+    expected = batch.run(REFERENCE, STEPS, **run)  # type: ignore[arg-type]
+    assert actual.isfinite().all()
+    roundings = 2 if with_norm else 1  # the reference rounds normed heads once more than the kernel
+    assert relative_error(actual, expected) < roundings * tolerance(dtype)
+    assert torch.equal(actual, split)  # the number of splits is not in the result
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(3, 3, 64, 16), (4, 4, 80, 16), (2, 1, 96, 32), (16, 1, 128, 16), (5, 1, 256, 48), (9, 3, 16, 64)],
+)
+def test_heads_groups_and_blocks(heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
+    batch = PagedBatch.random(KVCacheSpec(kv_heads, head_dim, block_size, torch.bfloat16), heads, [5, 70])
+    steps = [[(0, 0, 4), (1, 0, 69)], [(0, 4, 5), (1, 69, 70)]]
+    actual = batch.run(SmallTileOps(), steps, device=DEVICE)
+    assert relative_error(actual, batch.run(REFERENCE, steps)) < tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_keys_and_values_in_8_bits(split: bool) -> None:
+    batch = PagedBatch.random(KVCacheSpec(2, 64, 16, torch.bfloat16), 4, SEQ_LENS)
+    actual = batch.run(SmallTileOps(split=split, fp8=True), STEPS, device=DEVICE)
+    assert actual.isfinite().all()
+    assert relative_error(actual, batch.run(REFERENCE, STEPS)) < 0.06  # e4m3 has 3 bits of mantissa
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.data())
+def test_attention_of_any_ragged_batch(data: st.DataObject) -> None:
+    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 7))
+    spec = KVCacheSpec(kv_heads, data.draw(st.sampled_from((16, 48))), data.draw(st.sampled_from((16, 64))), DTYPES[0])
+    seq_lens = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
+    batch = PagedBatch.random(spec, kv_heads * group, seq_lens)
+    cuts = [data.draw(st.integers(0, length - 1)) for length in seq_lens]
+    first = [(seq, 0, cut) for seq, cut in enumerate(cuts) if cut]
+    second = [(seq, cut, seq_lens[seq]) for seq, cut in enumerate(cuts)]
+    steps = [step for step in (first, second) if step]
+    window = data.draw(st.sampled_from((0, 1, 16, 20, 64, 65)))
+    ops = SmallTileOps(split=data.draw(st.booleans()))
+    actual = batch.run(ops, steps, window=window, device=DEVICE)
+    assert relative_error(actual, batch.run(REFERENCE, steps, window=window)) < 2e-5
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (40, 10.0)])
+def test_neither_chunks_nor_neighbours_nor_splits_show(window: int, soft_cap: float) -> None:
+    """Sequence 0 is the one that is looked at; it is longer than two partitions."""
+    length = 150
+    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.bfloat16), 3, [length, 30, 77])
+    strangers = [(1, 0, 30), (2, 0, 77)]
+
+    def run(split: bool, *steps: list[tuple[int, int, int]]) -> torch.Tensor:
+        ops = SmallTileOps(split=split)
+        return batch.run(ops, list(steps), window=window, soft_cap=soft_cap, device=DEVICE)[:length]
+
+    whole = run(False, [(0, 0, length)])
+    assert torch.equal(run(True, [*strangers, (0, 0, length)]), whole)
+    assert torch.equal(run(False, *([(0, p, min(p + 7, length))] for p in range(0, length, 7))), whole)
+    decodes = [[*strangers, (0, p, p + 1)] for p in range(length - 3, length)]
+    assert torch.equal(run(True, [(0, 0, length - 3)], *decodes), whole)
+
+
+def test_sequences_that_only_fill_a_batch_up_do_no_harm() -> None:
+    """A captured graph has rows for more sequences and tokens than there are: without queries, and of length 0."""
+    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.float32), 2, [20, 9])
+    ops, (meta, rows) = SmallTileOps(), batch.metadata([(0, 0, 20), (1, 0, 9)])
+    filled = replace(
+        meta,
+        query_start_loc=torch.cat((meta.query_start_loc, torch.full((3,), 29, dtype=torch.int32))),
+        seq_lens=torch.cat((meta.seq_lens, torch.zeros(3, dtype=torch.int32))),
+        block_table=torch.cat((meta.block_table, torch.zeros((3, meta.block_table.shape[1]), dtype=torch.int32))),
+        slot_mapping=torch.cat((meta.slot_mapping, torch.full((3,), -1))),
+        positions=torch.cat((meta.positions, torch.zeros(3, dtype=torch.int64))),
+    )
+    results = []
+    for at, qkv in ((meta, batch.qkv[rows]), (filled, torch.cat((batch.qkv[rows], batch.qkv[:3])))):
+        at = to_device(at, DEVICE)
+        cache = ops.allocate_kv_cache(batch.spec, batch.num_blocks, DEVICE)
+        q = ops.rotary_and_cache(qkv.to(DEVICE), batch.cos_sin.to(DEVICE), cache, at, 2, None, None, 1e-6)
+        results.append(ops.paged_attention(q, cache, at, 0.2)[:29])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+def test_every_architecture_and_head_size_has_tiles(architecture: str) -> None:
+    for head_dim in (16, 64, 80, 96, 128, 256):
+        for cache_bytes in (1, 2, 4):
+            tiles = attention_tiles(architecture, head_dim, cache_bytes)
+            assert isinstance(tiles, AttentionTiles)
+            assert tiles.rows >= 16  # GQA up to 16
+            assert tiles.partition % tiles.keys == 0
+    assert SMALL.partition % SMALL.keys == 0
