@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmserve.kernels.triton import activation, attention, embedding, kv_cache, norm, rotary, sampling, split_attention
+from llmserve.kernels.triton import (
+    activation,
+    attention,
+    embedding,
+    gemm,
+    kv_cache,
+    norm,
+    packed_attention,
+    rotary,
+    sampling,
+    split_attention,
+)
 from llmserve.kernels.triton.tables import attention_tiles
 from llmserve.kernels.triton.thresholds import MAX_CANDIDATES, SPAN, threshold_kernel
 
@@ -174,6 +185,55 @@ def _sampling(vocab: int) -> list[KernelCase]:
     ]
 
 
+def _gemm(element: str, n: int, k: int) -> list[KernelCase]:
+    """8-bit weights, walking through partitions and sharing them out; and what stands before and behind."""
+    scales = dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "bias_ptr", "parts_ptr", "scale_ptr"), "*fp32")
+    types = {**scales, "x_ptr": f"*{element}", "w_ptr": f"*{element}", "out_ptr": "*bf16", "num_rows": "i32"}
+    partition = gemm.partition_of(n, k)
+    architectures = ("sm_90", "sm_100") if element == "fp8e4nv" else ARCHITECTURES
+    constants = {"N": n, "K": k, "PARTITION": partition, "INTEGER": element == "i8", "ROWS": 64, "COLUMNS": 128}
+    cases = [
+        KernelCase(
+            f"gemm {element}{' split' if split else ''}",
+            gemm.gemm_kernel,
+            types,
+            {**constants, "DEPTH": 128, "TOGETHER": 8, "STAGES": 4, "SPLIT": split},
+            max_registers=255,
+            max_shared_bytes=112 * 2**10,
+            matrix=True,
+            architectures=architectures,
+        )
+        for split in (False, True)
+    ]
+    quantize = KernelCase(
+        f"quantize {element}",
+        gemm.quantize_kernel,
+        {**types, "x_ptr": "*bf16", "out_ptr": f"*{element}"},
+        {"SIZE": k, "BLOCK": 1 << (k - 1).bit_length(), "LARGEST": 127.0 if element == "i8" else 448.0},
+        num_warps=8,
+        max_registers=64,
+        max_shared_bytes=16 * 2**10,
+        architectures=architectures,
+    )
+    adding = {"N": n, "NUM_PARTS": k // partition, "BLOCK": 256}
+    add = KernelCase("gemm add parts", gemm.add_parts_kernel, types, adding, 2, max_registers=96, max_shared_bytes=2048)
+    return [*cases, quantize, *([add] if element == "i8" else [])]
+
+
+def _packed(name: str, heads: int, head_dim: int) -> KernelCase:
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    constants = {"NUM_HEADS": heads, "NUM_KV_HEADS": heads, "HEAD_DIM": head_dim, "DIM": head_dim, "WINDOW": 0}
+    return KernelCase(
+        f"packed attention {name}",
+        packed_attention.packed_attention_kernel,
+        {**pointers, "starts_ptr": "*i32", "num_seqs": "i32", "scale_log2": "fp32"},
+        {**constants, "ROWS": 64, "KEYS": 32, "STAGES": 3},
+        max_registers=255,
+        max_shared_bytes=64 * 2**10,
+        matrix=True,
+    )
+
+
 def kernel_cases() -> list[KernelCase]:
     """Every kernel, the shapes that matter first."""
     return [
@@ -207,6 +267,9 @@ def kernel_cases() -> list[KernelCase]:
         _rotary("rotary d128 norm", 128, 32, 8, "bf16", HAS_NORM=True),
         _rotary("rotary d128 fp8", 128, 32, 8, "fp8e4nv"),
         *_sampling(128256),
+        *_gemm("i8", 4096, 4096),
+        *_gemm("fp8e4nv", 4096, 4096),
+        _packed("d64", 12, 64),
         KernelCase(
             "silu_and_mul",
             activation.gate_and_mul_kernel,

@@ -1,8 +1,8 @@
 """The Triton kernels behind the `Ops` interface, for NVIDIA and AMD GPUs. Knows tensors and shapes, no arithmetic.
 
-Every op but `linear` is batch-invariant to the bit: each row goes through the same instructions whatever comes with it.
-`linear` is the vendor's matrix library through torch, which may choose another algorithm for another number of rows:
-there a row's last bits can depend on the batch.
+Every op but `linear` with dense weights is batch-invariant to the bit: each row goes through the same instructions
+whatever comes with it. A dense product is the vendor's matrix library through torch, which may choose another algorithm
+for another number of rows: there a row's last bits can depend on the batch.
 """
 
 import torch
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.triton import activation, embedding, norm, rotary, split_attention
+from llmserve.kernels.triton import activation, embedding, gemm, norm, rotary, split_attention
 from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
 from llmserve.kernels.triton.sampling import sample as draw
 from llmserve.kernels.triton.tables import attention_tiles
-from llmserve.kernels.weight_formats import DENSE
+from llmserve.kernels.triton.weights import ByteLinearWeight, byte_linear_bytes
+from llmserve.kernels.weight_formats import DENSE, INT8
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PROGRAMS_A_PROCESSOR = 2  # of attention that run at once on a multiprocessor
@@ -24,7 +25,7 @@ class TritonOps:
     """Implements `Ops` on one kind of device. `architecture` as "sm_90"; `num_processors`: its multiprocessors."""
 
     name = "triton"
-    weight_formats: tuple[str, ...] = (DENSE,)
+    weight_formats: tuple[str, ...] = (DENSE, INT8)
 
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture
@@ -39,21 +40,28 @@ class TritonOps:
         return TritonKVCache(spec, num_blocks, device)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
-        """Only "dense" is known here; another `fmt` is a ValueError."""
+        """`fmt` "dense" keeps the type, "int8" makes W8A8. Another is a ValueError."""
+        if fmt == INT8:
+            return ByteLinearWeight(weight, bias)
         if fmt != DENSE:
-            raise ValueError(f"The Triton kernels know the weight format 'dense', not {fmt!r}.")
+            raise ValueError(f"The Triton kernels know the weight formats 'dense' and 'int8', not {fmt!r}.")
         return DenseLinearWeight(weight, bias)
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
         """Always a ValueError: dequantise, and pack the dense matrix."""
-        raise ValueError(f"The Triton kernels know the weight format 'dense', not {ggml_type!r}.")
+        raise ValueError(f"The Triton kernels know the weight formats 'dense' and 'int8', not {ggml_type!r}.")
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         assert fmt in self.weight_formats
+        if fmt == INT8:
+            return byte_linear_bytes(out_features, in_features)
         return (out_features * in_features + out_features * has_bias) * dtype.itemsize
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """On CUDA `out_dtype` float32 keeps what was accumulated."""
+        """`out_dtype` float32 keeps what was accumulated."""
+        if isinstance(weight, ByteLinearWeight):
+            out_dtype = out_dtype or x.dtype
+            return gemm.multiply(x, weight.weight, weight.scale, weight.bias, out_dtype, self._min_programs)
         assert isinstance(weight, DenseLinearWeight)
         if out_dtype is None or out_dtype == x.dtype:
             return F.linear(x, weight.weight, weight.bias)

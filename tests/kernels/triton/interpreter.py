@@ -167,10 +167,10 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(wide.astype(np.float32), tl.float32)
 
     def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        """Products of 8 and 16 bit types are summed in float32, those of integers exactly."""
+        """Summed in float64 and rounded once: exact for integers, and no row depends on its place, as it does with
+        the float32 kernels of a CPU's matrix library."""
         left, right = _to_float(a.data, a.dtype), _to_float(b.data, b.dtype)
-        wide = np.float64 if left.dtype == np.int8 or left.dtype == np.float64 else np.float32
-        product = np.matmul(left.astype(wide), right.astype(wide))
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
         return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     # memory

@@ -27,7 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("only", ["attention d128 g4", "draw", "add_rms_norm 4096", "rotary d128 fp8"])
+@pytest.mark.parametrize("only", ["attention d128 g4", "draw", "add_rms_norm 4096", "rotary d128 fp8", "gemm i8"])
 def test_kernels_compile_for_an_h200_and_keep_their_ceilings(only: str) -> None:
     done = run("-m", "benchmarks.compile_kernels", "--arch", "sm_90", "--only", only)
     assert done.returncode == 0, done.stdout + done.stderr

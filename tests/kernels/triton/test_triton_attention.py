@@ -52,7 +52,7 @@ def test_keys_and_values_in_8_bits(split: bool) -> None:
     assert relative_error(actual, batch.run(REFERENCE, STEPS)) < 0.06  # e4m3 has 3 bits of mantissa
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.data())
 def test_attention_of_any_ragged_batch(data: st.DataObject) -> None:
     kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 7))
@@ -71,20 +71,19 @@ def test_attention_of_any_ragged_batch(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (40, 10.0)])
 def test_neither_chunks_nor_neighbours_nor_splits_show(window: int, soft_cap: float) -> None:
-    """Sequence 0 is the one that is looked at; it is longer than two partitions."""
-    length = 150
-    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.bfloat16), 3, [length, 30, 77])
-    strangers = [(1, 0, 30), (2, 0, 77)]
+    """Sequence 0 is the one that is looked at; it is longer than a partition."""
+    length = 100
+    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.bfloat16), 3, [length, 40])
+    stranger = (1, 0, 40)
 
     def run(split: bool, *steps: list[tuple[int, int, int]]) -> torch.Tensor:
         ops = SmallTileOps(split=split)
         return batch.run(ops, list(steps), window=window, soft_cap=soft_cap, device=DEVICE)[:length]
 
     whole = run(False, [(0, 0, length)])
-    assert torch.equal(run(True, [*strangers, (0, 0, length)]), whole)
-    assert torch.equal(run(False, *([(0, p, min(p + 7, length))] for p in range(0, length, 7))), whole)
-    decodes = [[*strangers, (0, p, p + 1)] for p in range(length - 3, length)]
-    assert torch.equal(run(True, [(0, 0, length - 3)], *decodes), whole)
+    assert torch.equal(run(True, [stranger, (0, 0, length)]), whole)
+    assert torch.equal(run(False, [(0, 0, 33)], [(0, 33, 40)], [(0, 40, 98)], [(0, 98, 99)], [(0, 99, 100)]), whole)
+    assert torch.equal(run(True, [(0, 0, 7)], [(0, 7, 99)], [stranger, (0, 99, 100)]), whole)
 
 
 def test_sequences_that_only_fill_a_batch_up_do_no_harm() -> None:
