@@ -1,6 +1,7 @@
-"""Tile sizes by architecture: what `benchmarks/tune_kernels.py` measured, and defaults for what it has not. No kernels.
+"""Tile sizes by architecture. Knows no kernels.
 
-Nothing is tuned while serving: a launch takes the row of its architecture and shape from here. Changing a row changes
+Chosen so far by what compiles without spilling; `benchmarks/tune_kernels.py` prints rows measured on a GPU. Nothing is
+tuned while serving: a launch takes the row of its architecture and shape from here. Changing a row changes
 the rounding of results, never between two batches of one server.
 """
 

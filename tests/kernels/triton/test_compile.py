@@ -56,6 +56,12 @@ def test_the_table_holds_every_kernel_and_no_spill() -> None:
     assert {spilt for _, _, spilt in rows} == {"0"}
 
 
+def test_without_a_gpu_the_measurements_say_so() -> None:
+    done = run("-m", "benchmarks.gpu")
+    assert done.returncode == 1
+    assert "finds no GPU: nothing was run" in done.stdout
+
+
 def test_llmserve_does_without_triton() -> None:
     code = """
         import sys
