@@ -15,10 +15,12 @@ from llmserve.kernels.triton import (
     embedding,
     gemm,
     kv_cache,
+    layer_norm,
     norm,
     packed_attention,
     rotary,
     sampling,
+    segment_sum,
     split_attention,
 )
 from llmserve.kernels.triton.tables import attention_tiles
@@ -220,9 +222,9 @@ def _gemm(element: str, n: int, k: int) -> list[KernelCase]:
     return [*cases, quantize, *([add] if element == "i8" else [])]
 
 
-def _packed(name: str, heads: int, head_dim: int) -> KernelCase:
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
-    constants = {"NUM_HEADS": heads, "NUM_KV_HEADS": heads, "HEAD_DIM": head_dim, "DIM": head_dim, "WINDOW": 0}
+def _packed(name: str, heads: int, head_dim: int, has_bias: bool) -> KernelCase:
+    pointers = {**dict.fromkeys(("qkv_ptr", "out_ptr"), "*bf16"), "bias_ptr": "*fp32", "reach": "i32"}
+    constants = {"HEADS": heads, "HEAD_DIM": head_dim, "DIM": head_dim, "WINDOW": 0, "HAS_BIAS": has_bias}
     return KernelCase(
         f"packed attention {name}",
         packed_attention.packed_attention_kernel,
@@ -236,6 +238,7 @@ def _packed(name: str, heads: int, head_dim: int) -> KernelCase:
 
 def kernel_cases() -> list[KernelCase]:
     """Every kernel, the shapes that matter first."""
+    norms = dict.fromkeys(("residual_ptr", "weight_ptr", "bias_ptr"), "*fp32")
     return [
         *_attention("d128 g4", 128, 32, 8),
         *_attention("d64 g3", 64, 9, 3),
@@ -269,12 +272,30 @@ def kernel_cases() -> list[KernelCase]:
         *_sampling(128256),
         *_gemm("i8", 4096, 4096),
         *_gemm("fp8e4nv", 4096, 4096),
-        _packed("d64", 12, 64),
+        _packed("d64", 12, 64, False),
+        _packed("d64 relative", 12, 64, True),
+        KernelCase(
+            "post_layer_norm 768",
+            layer_norm.layer_norm_kernel,
+            {**dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"), **norms, "eps": "fp32"},
+            {"SIZE": 768, "BLOCK": 1024, "HAS_RESIDUAL": True, "HAS_BIAS": True, "POST": True},
+            num_warps=2,
+            max_registers=128,
+            max_shared_bytes=8192,
+        ),
+        KernelCase(
+            "segment_sum",
+            segment_sum.segment_sum_kernel,
+            {"x_ptr": "*bf16", "weights_ptr": "*fp32", "starts_ptr": "*i32", "out_ptr": "*fp32"},
+            {"SIZE": 768, "ROWS": 16, "BLOCK": 128},
+            max_registers=64,
+            max_shared_bytes=8192,
+        ),
         KernelCase(
             "silu_and_mul",
             activation.gate_and_mul_kernel,
             {"gate_up_ptr": "*bf16", "out_ptr": "*bf16"},
-            {"SIZE": 14336, "BLOCK": 1024, "GELU": False},
+            {"SIZE": 14336, "BLOCK": 1024, "KIND": "silu"},
             max_registers=64,
         ),
         KernelCase(

@@ -8,10 +8,20 @@ for another number of rows: there a row's last bits can depend on the batch.
 import torch
 import torch.nn.functional as F
 
-from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, SamplingTensors
+from llmserve.kernels.ops import (
+    Activation,
+    AttentionMetadata,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    PackedSequences,
+    SamplingTensors,
+)
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.triton import activation, embedding, gemm, norm, rotary, split_attention
+from llmserve.kernels.triton import embedding, gemm, norm, packed_attention, rotary, segment_sum, split_attention
+from llmserve.kernels.triton.activation import activate, gate_and_mul
 from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
+from llmserve.kernels.triton.layer_norm import layer_norm
 from llmserve.kernels.triton.sampling import sample as draw
 from llmserve.kernels.triton.tables import attention_tiles
 from llmserve.kernels.triton.weights import ByteLinearWeight, byte_linear_bytes
@@ -110,10 +120,49 @@ class TritonOps:
         )
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return activation.gate_and_mul(gate_up, gelu=False)
+        return gate_and_mul(gate_up, "silu")
 
     def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return activation.gate_and_mul(gate_up, gelu=True)
+        return gate_and_mul(gate_up, "gelu_tanh")
+
+    def gelu_erf_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gate_and_mul(gate_up, "gelu")
+
+    def activate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return activate(x, activation)
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return layer_norm(x, None, weight, bias, eps)
+
+    def add_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        return layer_norm(x, residual, weight, bias, eps)
+
+    def post_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        normed = layer_norm(x, residual, weight, bias, eps, post=True)
+        return residual if x.dtype == torch.float32 else normed
+
+    def rotary_packed(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, sequences: PackedSequences, head_dim: int
+    ) -> None:
+        packed_attention.rotary_packed(qkv, cos_sin, sequences, head_dim)
+
+    def packed_attention(
+        self,
+        qkv: torch.Tensor,
+        sequences: PackedSequences,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+        relative_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return packed_attention.packed_attention(qkv, sequences, head_dim, scale, window, relative_bias)
+
+    def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return segment_sum.segment_sum(x, weights, cu_seqlens)
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         return draw(logits, sampling)

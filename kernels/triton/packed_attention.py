@@ -1,29 +1,29 @@
 """Attention within packed sequences, in both directions: encoders without padding. Knows no cache.
 
-q [t, h, d], k and v [t, kv_heads, d], sequences one behind the other. A program computes `ROWS` queries of one head of
-one sequence against all its keys: 4 * d operations a query and key, and the keys and values of a head are read once for
-each tile of queries. Tiles stand at fixed places of a sequence, so its neighbours in the batch do not show.
+qkv [t, 3 * h * d], sequences one behind the other. A program computes `ROWS` queries of one head of one sequence
+against all its keys: 4 * d operations a query and key, and the keys and values of a head are read once for each tile of
+queries. Tiles stand at fixed places of a sequence, so its neighbours in the batch do not show.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from llmserve.kernels.ops import PackedSequences
 from llmserve.kernels.triton.attention import LOG2_E, find_sequence, nothing_yet
 
 _ROWS, _KEYS = 64, 32
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "reach"])
 def packed_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, starts_ptr, num_seqs, scale_log2, NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr,
+    qkv_ptr, bias_ptr, out_ptr, starts_ptr, num_seqs, scale_log2, reach, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of queries, heads."""
+    """Grid: tiles of queries, heads. bias float32 [h, 2 * reach - 1]. WINDOW: keys that far on either side; 0: all."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
     seq = find_sequence(starts_ptr, tile, num_seqs, ROWS)
     start = tl.load(starts_ptr + seq)
     length = tl.load(starts_ptr + seq + 1) - start
@@ -33,8 +33,10 @@ def packed_attention_kernel(
     query = first_query + tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
     real = (dim < HEAD_DIM)[None, :]
-    at = ((start + query).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-    q = tl.load(q_ptr + at, mask=(query < length)[:, None] & real, other=0.0)
+    used = (query < length)[:, None]
+    query_row = (start + query).to(tl.int64)[:, None]
+    head_ptr = qkv_ptr + head * HEAD_DIM + dim[None, :]
+    q = tl.load(head_ptr + query_row * (3 * HEADS * HEAD_DIM), mask=used & real, other=0.0)
     first_key = 0
     end_key = length
     if WINDOW:
@@ -43,14 +45,17 @@ def packed_attention_kernel(
     out, total, largest = nothing_yet(ROWS, DIM)
     for begin in tl.range(first_key, end_key, KEYS, num_stages=STAGES):
         key = begin + tl.arange(0, KEYS)
-        row = (start + key).to(tl.int64) * NUM_KV_HEADS + kv_head
+        key_ptr = head_ptr + (start + key).to(tl.int64)[:, None] * (3 * HEADS * HEAD_DIM)
         inside = (key < length)[:, None] & real
-        k = tl.load(k_ptr + row[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-        v = tl.load(v_ptr + row[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+        k = tl.load(key_ptr + HEADS * HEAD_DIM, mask=inside, other=0.0)
+        v = tl.load(key_ptr + 2 * HEADS * HEAD_DIM, mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        visible = (key < length)[None, :] & (query < length)[:, None]
+        distance = key[None, :] - query[:, None]
+        visible = (key < length)[None, :] & used
+        if HAS_BIAS:
+            at_bias = head * (2 * reach - 1) + reach - 1 + distance
+            score += tl.load(bias_ptr + at_bias, mask=visible, other=0.0) * 1.4426950408889634  # log2(e)
         if WINDOW:
-            distance = query[:, None] - key[None, :]
             visible = visible & (distance <= WINDOW) & (distance >= -WINDOW)
         score = tl.where(visible, score, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(score, axis=1))
@@ -61,39 +66,62 @@ def packed_attention_kernel(
         out = tl.dot(weight.to(q.dtype), v, out * keep[:, None], input_precision="ieee")
         largest = new_largest
     out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, out, mask=(query < length)[:, None] & real)
+    tl.store(out_ptr + query_row * (HEADS * HEAD_DIM) + head * HEAD_DIM + dim[None, :], out, mask=used & real)
+
+
+@triton.jit
+def rotary_packed_kernel(
+    qkv_ptr, cos_sin_ptr, positions_ptr, HEADS: tl.constexpr, HALF: tl.constexpr, HEADS_PADDED: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid: tokens. Queries and keys lie side by side: 2 * HEADS heads are rotated in place."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS_PADDED)
+    pair = tl.arange(0, HALF_PADDED)
+    inside = (head < 2 * HEADS)[:, None] & (pair < HALF)[None, :]
+    at = qkv_ptr + token * (6 * HEADS * HALF) + head[:, None] * (2 * HALF) + pair[None, :]
+    angle_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF) + pair
+    cos = tl.load(angle_ptr, mask=pair < HALF, other=0.0)[None, :]
+    sin = tl.load(angle_ptr + HALF, mask=pair < HALF, other=0.0)[None, :]
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, (first * cos - second * sin).to(qkv_ptr.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, (second * cos + first * sin).to(qkv_ptr.dtype.element_ty), mask=inside)
 
 
 def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_start_loc: torch.Tensor, scale: float, window: int = 0
+    qkv: torch.Tensor,
+    sequences: PackedSequences,
+    head_dim: int,
+    scale: float,
+    window: int,
+    relative_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [t, h, d], k and v [t, kv_heads, d], query_start_loc int32 [num_seqs + 1] -> [t, h * d]. `window` w: a query
-    sees keys at most w positions before or behind it; 0: all of its sequence."""
-    assert q.is_contiguous()
-    assert k.is_contiguous()
-    assert v.is_contiguous()
-    num_tokens, num_heads, head_dim = q.shape
-    num_seqs = query_start_loc.shape[0] - 1
-    out = torch.empty_like(q)
+    """As `Ops.packed_attention`: qkv [t, 3 * h * d] -> [t, h * d]."""
+    assert qkv.is_contiguous()
+    num_tokens, heads = qkv.shape[0], qkv.shape[1] // (3 * head_dim)
+    num_seqs = sequences.cu_seqlens.shape[0] - 1
+    out = torch.empty((num_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens:
-        is_wide = q.element_size() == 4
+        assert relative_bias is None or relative_bias.is_contiguous()
+        is_wide = qkv.element_size() == 4
         rows, keys = (16, 16) if is_wide else (_ROWS, _KEYS)
-        packed_attention_kernel[(num_tokens // rows + num_seqs, num_heads)](
-            q,
-            k,
-            v,
-            out,
-            query_start_loc,
-            num_seqs,
-            LOG2_E * scale,
-            NUM_HEADS=num_heads,
-            NUM_KV_HEADS=k.shape[1],
-            HEAD_DIM=head_dim,
-            DIM=max(triton.next_power_of_2(head_dim), 16),
-            WINDOW=window,
-            ROWS=rows,
-            KEYS=keys,
-            STAGES=2 if is_wide else 3,
+        packed_attention_kernel[(num_tokens // rows + num_seqs, heads)](
+            qkv, qkv if relative_bias is None else relative_bias, out, sequences.cu_seqlens, num_seqs, LOG2_E * scale,
+            1 if relative_bias is None else (relative_bias.shape[1] + 1) // 2, HEADS=heads, HEAD_DIM=head_dim,
+            DIM=max(triton.next_power_of_2(head_dim), 16), WINDOW=window, HAS_BIAS=relative_bias is not None,
+            ROWS=rows, KEYS=keys, STAGES=2 if is_wide else 3, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def rotary_packed(qkv: torch.Tensor, cos_sin: torch.Tensor, sequences: PackedSequences, head_dim: int) -> None:
+    """As `Ops.rotary_packed`: q and k of qkv [t, 3 * h * d], in place."""
+    assert qkv.is_contiguous()
+    num_tokens, heads = qkv.shape[0], qkv.shape[1] // (3 * head_dim)
+    if num_tokens:
+        rotary_packed_kernel[(num_tokens,)](
+            qkv, cos_sin, sequences.positions, HEADS=heads, HALF=head_dim // 2,
+            HEADS_PADDED=triton.next_power_of_2(2 * heads), HALF_PADDED=triton.next_power_of_2(head_dim // 2),
             num_warps=4,
-        )
-    return out.flatten(1)
+        )  # fmt: skip
