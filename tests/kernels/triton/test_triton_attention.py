@@ -25,7 +25,7 @@ def test_attention(dtype: torch.dtype, window: int, soft_cap: float, with_norm: 
     norm = torch.rand(32) + 0.5 if with_norm else None
     run = {"window": window, "soft_cap": soft_cap, "norm": norm}
     actual = batch.run(SmallTileOps(), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
-    split = batch.run(SmallTileOps(split=True), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
+    split = batch.run(SmallTileOps(split=16), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
     expected = batch.run(REFERENCE, STEPS, **run)  # type: ignore[arg-type]
     assert actual.isfinite().all()
     roundings = 2 if with_norm else 1  # the reference rounds normed heads once more than the kernel
@@ -44,8 +44,8 @@ def test_heads_groups_and_blocks(heads: int, kv_heads: int, head_dim: int, block
     assert relative_error(actual, batch.run(REFERENCE, steps)) < tolerance(torch.bfloat16)
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_keys_and_values_in_8_bits(split: bool) -> None:
+@pytest.mark.parametrize("split", [0, 16])
+def test_keys_and_values_in_8_bits(split: int) -> None:
     batch = PagedBatch.random(KVCacheSpec(2, 64, 16, torch.bfloat16), 4, SEQ_LENS)
     actual = batch.run(SmallTileOps(split=split, fp8=True), STEPS, device=DEVICE)
     assert actual.isfinite().all()
@@ -64,7 +64,7 @@ def test_attention_of_any_ragged_batch(data: st.DataObject) -> None:
     second = [(seq, cut, seq_lens[seq]) for seq, cut in enumerate(cuts)]
     steps = [step for step in (first, second) if step]
     window = data.draw(st.sampled_from((0, 1, 16, 20, 64, 65)))
-    ops = SmallTileOps(split=data.draw(st.booleans()))
+    ops = SmallTileOps(split=data.draw(st.sampled_from((0, 16))))
     actual = batch.run(ops, steps, window=window, device=DEVICE)
     assert relative_error(actual, batch.run(REFERENCE, steps, window=window)) < 2e-5
 
@@ -73,17 +73,17 @@ def test_attention_of_any_ragged_batch(data: st.DataObject) -> None:
 def test_neither_chunks_nor_neighbours_nor_splits_show(window: int, soft_cap: float) -> None:
     """Sequence 0 is the one that is looked at; it is longer than a partition."""
     length = 100
-    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.bfloat16), 3, [length, 40])
-    stranger = (1, 0, 40)
+    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.bfloat16), 3, [length, 9])
+    stranger = (1, 0, 9)
 
-    def run(split: bool, *steps: list[tuple[int, int, int]]) -> torch.Tensor:
+    def run(split: int, *steps: list[tuple[int, int, int]]) -> torch.Tensor:
         ops = SmallTileOps(split=split)
         return batch.run(ops, list(steps), window=window, soft_cap=soft_cap, device=DEVICE)[:length]
 
-    whole = run(False, [(0, 0, length)])
-    assert torch.equal(run(True, [stranger, (0, 0, length)]), whole)
-    assert torch.equal(run(False, [(0, 0, 33)], [(0, 33, 40)], [(0, 40, 98)], [(0, 98, 99)], [(0, 99, 100)]), whole)
-    assert torch.equal(run(True, [(0, 0, 7)], [(0, 7, 99)], [stranger, (0, 99, 100)]), whole)
+    whole = run(0, [(0, 0, length)])
+    assert torch.equal(run(0, [stranger, (0, 0, length)]), whole)
+    assert torch.equal(run(0, [(0, 0, 33)], [(0, 33, 40)], [(0, 40, 98)], [(0, 98, 99)], [(0, 99, 100)]), whole)
+    assert torch.equal(run(16, [(0, 0, 7)], [(0, 7, 92)], [(0, 92, 99)], [stranger, (0, 99, 100)]), whole)
 
 
 def test_sequences_that_only_fill_a_batch_up_do_no_harm() -> None:

@@ -81,4 +81,4 @@ def test_the_engine_says_the_same_on_triton(tiny_qwen3: Path) -> None:
     expected = answers(tiny_qwen3, REFERENCE, 64)
     assert [len(tokens) for tokens in expected] == [4, 4, 4]
     assert answers(tiny_qwen3, SmallTileOps(), 64) == expected
-    assert answers(tiny_qwen3, SmallTileOps(split=True), 16) == expected
+    assert answers(tiny_qwen3, SmallTileOps(split=16), 16) == expected
