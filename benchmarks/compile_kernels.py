@@ -58,8 +58,9 @@ class Report:
             found.append(f"{self.spill_bytes} bytes of registers spilt")
         if self.registers > case.max_registers and self.architecture in NVIDIA:
             found.append(f"{self.registers} registers, at most {case.max_registers}")
-        if self.shared_bytes > min(case.max_shared_bytes, _LIMITS[self.architecture][1]):
-            found.append(f"{self.shared_bytes} bytes of shared memory, at most {case.max_shared_bytes}")
+        most = min(case.max_shared_bytes, _LIMITS[self.architecture][1])
+        if self.shared_bytes > most:
+            found.append(f"{self.shared_bytes} bytes of shared memory, at most {most}")
         if case.wide_loads and not self.wide_loads and self.architecture in NVIDIA:
             found.append("no load of 16 bytes")
         if case.matrix and not self.matrix:

@@ -23,7 +23,7 @@ from llmserve.kernels.triton import (
     segment_sum,
     split_attention,
 )
-from llmserve.kernels.triton.tables import attention_tiles
+from llmserve.kernels.triton.tables import attention_tiles, gemm_stages
 from llmserve.kernels.triton.thresholds import MAX_CANDIDATES, SPAN, threshold_kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -182,7 +182,7 @@ def _sampling(vocab: int) -> list[KernelCase]:
             },
             num_warps=8,
             max_registers=200,  # a program a row: 64 rows do not fill the GPU anyway
-            max_shared_bytes=8192,
+            max_shared_bytes=16384,
         ),
     ]
 
@@ -199,13 +199,14 @@ def _gemm(element: str, n: int, k: int) -> list[KernelCase]:
             f"gemm {element}{' split' if split else ''}",
             gemm.gemm_kernel,
             types,
-            {**constants, "DEPTH": 128, "TOGETHER": 8, "STAGES": 4, "SPLIT": split},
+            {**constants, "DEPTH": 128, "TOGETHER": 8, "STAGES": gemm_stages(architecture), "SPLIT": split},
             max_registers=255,
             max_shared_bytes=112 * 2**10,
             matrix=True,
-            architectures=architectures,
+            architectures=(architecture,),
         )
         for split in (False, True)
+        for architecture in architectures
     ]
     quantize = KernelCase(
         f"quantize {element}",

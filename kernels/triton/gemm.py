@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-_ROWS, _COLUMNS, _DEPTH, _WARPS, _STAGES = 64, 128, 128, 4, 4
+_ROWS, _COLUMNS, _DEPTH, _WARPS = 64, 128, 128, 4
 _PROGRAMS = 264  # that the partitions of a weight should make with one tile of rows: two on each of 132 multiprocessors
 _ROW_TILES_TOGETHER = 8  # tiles of rows that run at the same time share the weights they read
 
@@ -130,6 +130,7 @@ def multiply(
     bias: torch.Tensor,
     out_dtype: torch.dtype,
     min_programs: int,
+    num_stages: int,
 ) -> torch.Tensor:
     """x [t, k] @ weight'[n, k]^T * weight_scale[n] + bias float32 [n] -> [t, n]. Partitions are shared out if there
     would be fewer than `min_programs` programs otherwise."""
@@ -148,7 +149,7 @@ def multiply(
     gemm_kernel[(num_tiles, num_parts if split else 1)](
         quantised, weight, scale, weight_scale, bias, out, parts, num_rows, N=out_features, K=in_features,
         PARTITION=partition, SPLIT=split, INTEGER=weight.dtype == torch.int8, ROWS=_ROWS, COLUMNS=_COLUMNS,
-        DEPTH=_DEPTH, TOGETHER=_ROW_TILES_TOGETHER, STAGES=_STAGES, num_warps=_WARPS,
+        DEPTH=_DEPTH, TOGETHER=_ROW_TILES_TOGETHER, STAGES=num_stages, num_warps=_WARPS,
     )  # fmt: skip
     if split:
         add_parts_kernel[(num_rows, triton.cdiv(out_features, 256))](

@@ -23,7 +23,7 @@ from llmserve.kernels.triton.activation import activate, gate_and_mul
 from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
 from llmserve.kernels.triton.layer_norm import layer_norm
 from llmserve.kernels.triton.sampling import sample as draw
-from llmserve.kernels.triton.tables import attention_tiles
+from llmserve.kernels.triton.tables import attention_tiles, gemm_stages
 from llmserve.kernels.triton.weights import ByteLinearWeight, byte_linear_bytes
 from llmserve.kernels.weight_formats import DENSE, INT8
 
@@ -40,6 +40,7 @@ class TritonOps:
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture
         self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
+        self._num_gemm_stages = gemm_stages(architecture)
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
         check_spec(spec)
@@ -71,7 +72,9 @@ class TritonOps:
         """`out_dtype` float32 keeps what was accumulated."""
         if isinstance(weight, ByteLinearWeight):
             out_dtype = out_dtype or x.dtype
-            return gemm.multiply(x, weight.weight, weight.scale, weight.bias, out_dtype, self._min_programs)
+            return gemm.multiply(
+                x, weight.weight, weight.scale, weight.bias, out_dtype, self._min_programs, self._num_gemm_stages
+            )
         assert isinstance(weight, DenseLinearWeight)
         if out_dtype is None or out_dtype == x.dtype:
             return F.linear(x, weight.weight, weight.bias)

@@ -22,7 +22,7 @@ class AttentionTiles:
 # (architecture, head size padded to a power of two, bytes of a cached element): no registers spilt, as compiled for
 # docs/kernels.md. 8 warps where 4 would spill.
 _ATTENTION = {
-    ("sm_80", 64, 2): AttentionTiles(64, 32, 512, 4, 4),
+    ("sm_80", 64, 2): AttentionTiles(64, 32, 512, 8, 3),
     ("sm_80", 128, 2): AttentionTiles(64, 32, 512, 8, 3),
     ("sm_80", 256, 2): AttentionTiles(32, 32, 512, 8, 2),
     ("sm_90", 64, 2): AttentionTiles(64, 64, 512, 4, 3),
@@ -36,7 +36,7 @@ _ATTENTION = {
     ("gfx942", 128, 2): AttentionTiles(64, 32, 512, 4, 2),
     ("gfx942", 256, 2): AttentionTiles(64, 16, 512, 8, 2),
 }
-_FLOAT32 = AttentionTiles(16, 16, 512, 4, 2)  # no tensor cores: small tiles, for correctness rather than speed
+_FLOAT32 = AttentionTiles(16, 16, 512, 8, 2)  # no tensor cores: small tiles, for correctness rather than speed
 
 
 def attention_tiles(architecture: str, head_dim: int, cache_bytes: int) -> AttentionTiles:
@@ -47,6 +47,11 @@ def attention_tiles(architecture: str, head_dim: int, cache_bytes: int) -> Atten
     dim = max(1 << (head_dim - 1).bit_length(), 64)
     family = _family(architecture)
     return _ATTENTION.get((family, dim, cache_bytes)) or _ATTENTION[family, dim, 2]
+
+
+def gemm_stages(architecture: str) -> int:
+    """How many tiles of `gemm_kernel` are on their way at once: AMD's shared memory holds two."""
+    return 2 if architecture.startswith("gfx") else 4
 
 
 def _family(architecture: str) -> str:

@@ -40,7 +40,7 @@ def test_products_are_exact_where_quantisation_is(dtype: torch.dtype) -> None:
     weight, x = torch.randint(-8, 9, (70, 1100)).float(), torch.randint(-8, 9, (5, 1100)).float()
     weight[:, 0] = x[:, 0] = largest
     packed, scale, bias = weight.to(DEVICE, dtype), torch.ones(70, device=DEVICE), torch.zeros(70, device=DEVICE)
-    results = [multiply(x.to(DEVICE), packed, scale, bias, torch.float32, how).cpu() for how in (NEVER, ALWAYS)]
+    results = [multiply(x.to(DEVICE), packed, scale, bias, torch.float32, how, 2).cpu() for how in (NEVER, ALWAYS)]
     assert torch.equal(results[0], x @ weight.T)
     assert torch.equal(results[0], results[1])
 
@@ -49,9 +49,9 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     packed = triton_ops().pack_linear(torch.randn(70, 1100).to(DEVICE), torch.randn(70).to(DEVICE), "int8")
     x = torch.randn(70, 1100).to(DEVICE, torch.bfloat16)
-    whole = multiply(x, packed.weight, packed.scale, packed.bias, x.dtype, NEVER)
+    whole = multiply(x, packed.weight, packed.scale, packed.bias, x.dtype, NEVER, 2)
     for first, end in ((0, 1), (3, 9), (65, 70)):
-        some = multiply(x[first:end].clone(), packed.weight, packed.scale, packed.bias, x.dtype, ALWAYS)
+        some = multiply(x[first:end].clone(), packed.weight, packed.scale, packed.bias, x.dtype, ALWAYS, 2)
         assert torch.equal(some, whole[first:end])
 
 
