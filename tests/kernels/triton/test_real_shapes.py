@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from llmserve.kernels.ops import KVCacheSpec
-from llmserve.kernels.reference import ReferenceOps
 from llmserve.kernels.triton.tables import attention_tiles
 from tests.kernels.cpu_cases import PagedBatch
 from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, SmallTileOps, triton_ops
@@ -15,19 +14,22 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(IS_INTERPRETED, reason="needs 
 
 
 def exact_attention(batch: PagedBatch, seq: int, window: int) -> torch.Tensor:
-    """float64 [length, h * d], from the rows of one sequence."""
-    first = sum(batch.seq_lens[:seq])
-    length, spec = batch.seq_lens[seq], batch.spec
-    single = PagedBatch(
-        KVCacheSpec(spec.num_kv_heads, spec.head_dim, 16, torch.float64),
-        batch.num_heads,
-        [length],
-        torch.arange(-(-length // 16), dtype=torch.int32)[None],
-        -(-length // 16),
-        batch.qkv[first : first + length].double(),
-        batch.cos_sin.double(),
-    )
-    return single.run(ReferenceOps(), [[(0, 0, length)]], window=window, device=DEVICE)
+    """float64 [length, h * d] of one sequence, from its rows of qkv."""
+    first, length = sum(batch.seq_lens[:seq]), batch.seq_lens[seq]
+    kv_heads, head_dim = batch.spec.num_kv_heads, batch.spec.head_dim
+    heads = batch.qkv[first : first + length].to(DEVICE).double().unflatten(1, (-1, head_dim)).transpose(0, 1)
+    cos, sin = batch.cos_sin[:length].to(DEVICE).double().chunk(2, dim=-1)
+    low, high = heads[: batch.num_heads + kv_heads].chunk(2, dim=-1)
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    group = batch.num_heads // kv_heads
+    q, k = rotated[: batch.num_heads], rotated[batch.num_heads :].repeat_interleave(group, 0)
+    v = heads[batch.num_heads + kv_heads :].repeat_interleave(group, 0)
+    at = torch.arange(length, device=DEVICE)
+    visible = at <= at[:, None]
+    if window:
+        visible &= at > at[:, None] - window
+    scores = (q @ k.transpose(1, 2) * head_dim**-0.5).masked_fill_(~visible, -torch.inf)
+    return (scores.softmax(dim=-1) @ v).transpose(0, 1).flatten(1).cpu()
 
 
 @pytest.mark.parametrize(
