@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llmserve.kernels.ops import KVCacheSpec
 from llmserve.kernels.triton.tables import AttentionTiles, attention_tiles
@@ -50,23 +48,6 @@ def test_keys_and_values_in_8_bits(split: int) -> None:
     actual = batch.run(SmallTileOps(split=split, fp8=True), STEPS, device=DEVICE)
     assert actual.isfinite().all()
     assert relative_error(actual, batch.run(REFERENCE, STEPS)) < 0.06  # e4m3 has 3 bits of mantissa
-
-
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.data())
-def test_attention_of_any_ragged_batch(data: st.DataObject) -> None:
-    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 7))
-    spec = KVCacheSpec(kv_heads, data.draw(st.sampled_from((16, 48))), data.draw(st.sampled_from((16, 64))), DTYPES[0])
-    seq_lens = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
-    batch = PagedBatch.random(spec, kv_heads * group, seq_lens)
-    cuts = [data.draw(st.integers(0, length - 1)) for length in seq_lens]
-    first = [(seq, 0, cut) for seq, cut in enumerate(cuts) if cut]
-    second = [(seq, cut, seq_lens[seq]) for seq, cut in enumerate(cuts)]
-    steps = [step for step in (first, second) if step]
-    window = data.draw(st.sampled_from((0, 1, 16, 20, 64, 65)))
-    ops = SmallTileOps(split=data.draw(st.sampled_from((0, 16))))
-    actual = batch.run(ops, steps, window=window, device=DEVICE)
-    assert relative_error(actual, batch.run(REFERENCE, steps, window=window)) < 2e-5
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (40, 10.0)])
