@@ -50,16 +50,14 @@ def test_heads_groups_and_blocks(heads: int, kv_heads: int, head_dim: int, block
     assert relative_error(actual, batch.run(REFERENCE, steps)) < tolerance(torch.bfloat16)
 
 
-@pytest.mark.parametrize("split", [0, 16])
-def test_keys_and_values_in_8_bits(split: int) -> None:
+def test_keys_and_values_in_8_bits() -> None:
     batch = PagedBatch.random(KVCacheSpec(2, 64, 16, torch.bfloat16), 4, SEQ_LENS)
-    actual = batch.run(SmallTileOps(split=split, fp8=True), STEPS, device=DEVICE)
+    actual = batch.run(SmallTileOps(split=16, fp8=True), STEPS, device=DEVICE)
     assert actual.isfinite().all()
     assert relative_error(actual, batch.run(REFERENCE, STEPS)) < 0.06  # e4m3 has 3 bits of mantissa
 
 
-@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (40, 10.0)])
-def test_neither_chunks_nor_neighbours_nor_splits_show(window: int, soft_cap: float) -> None:
+def test_neither_chunks_nor_neighbours_nor_splits_show() -> None:
     """Sequence 0 is the one that is looked at; it is longer than a partition."""
     length = 80
     batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.bfloat16), 3, [length, 9])
@@ -67,7 +65,7 @@ def test_neither_chunks_nor_neighbours_nor_splits_show(window: int, soft_cap: fl
 
     def run(split: int, *steps: list[tuple[int, int, int]]) -> torch.Tensor:
         ops = SmallTileOps(split=split)
-        return batch.run(ops, list(steps), window=window, soft_cap=soft_cap, device=DEVICE)[:length]
+        return batch.run(ops, list(steps), window=70, soft_cap=10.0, device=DEVICE)[:length]
 
     whole = run(0, [(0, 0, length)])
     assert torch.equal(run(0, [stranger, (0, 0, length)]), whole)
