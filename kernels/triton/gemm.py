@@ -120,7 +120,7 @@ def partition_of(out_features: int, in_features: int) -> int:
     """How many inputs are summed from zero: a multiple of the tile's depth."""
     wanted = max(_PROGRAMS // triton.cdiv(out_features, _COLUMNS), 1)
     steps = triton.cdiv(in_features, _DEPTH)
-    return max(triton.cdiv(steps, wanted), min(steps, 4)) * _DEPTH
+    return int(max(triton.cdiv(steps, wanted), min(steps, 4))) * _DEPTH
 
 
 def multiply(
