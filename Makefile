@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m-instruct
 EMBEDDING_MODEL ?= all-minilm-l6-v2
 
-.PHONY: serve install install-dev test check fmt bench docs clean
+.PHONY: serve install install-dev test check fmt bench gpu docs clean
 serve: install
 	$(BIN)/llmserve serve $(MODEL) --embedding-model $(EMBEDDING_MODEL) --model-repository examples/model_repository $(ARGS)
 
@@ -26,6 +26,10 @@ fmt: install-dev
 
 bench: install-dev
 	$(BIN)/python -m benchmarks
+
+# Tests on the device and measurements, under 9 minutes on one GPU, nothing fetched: the Python in use must have torch.
+gpu:
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 docs: install-dev
 	$(BIN)/python -m pytest -q tests/test_docs.py

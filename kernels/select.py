@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import torch
@@ -15,13 +16,27 @@ logger = logging.getLogger(__name__)
 
 
 def select_ops(device: torch.device, dtype: torch.dtype, head_dim: int, num_threads: int | None = None) -> Ops:
-    """The fastest implementation that runs here: on a CPU the C kernels, else plain torch.
+    """The fastest implementation that runs here: on a CPU the C kernels, on a GPU Triton's, else plain torch.
 
     `num_threads` is for a CPU; None takes the cores this process may use. What is lost is said in the log.
     """
+    if device.type == "cuda":
+        return _select_gpu_ops(device, dtype, head_dim)
     if device.type != "cpu":
         return ReferenceOps()
     if dtype not in DTYPES or head_dim % 16 or head_dim > MAX_HEAD_DIM:
         logger.warning("No CPU kernels for %s with head size %d: plain torch runs, much slower.", dtype, head_dim)
         return ReferenceOps()
     return create_cpu_ops(num_threads) or ReferenceOps()
+
+
+def _select_gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("Triton is not installed: plain torch runs, much slower. Run: pip install 'llmserve[gpu]'.")
+        return ReferenceOps()
+    from llmserve.kernels.triton import kv_cache, ops  # only here: the rest of llmserve does without Triton
+
+    if dtype not in ops.SUPPORTED_DTYPES or head_dim % 16 or head_dim > kv_cache.MAX_HEAD_DIM:
+        logger.warning("No Triton kernels for %s with head size %d: plain torch runs, slower.", dtype, head_dim)
+        return ReferenceOps()
+    return ops.create_triton_ops(device)

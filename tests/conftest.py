@@ -11,7 +11,7 @@ from llmserve.repository import embedded
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything imports torch or triton: without `-m gpu` there is no GPU: Triton interprets its kernels."""
+    """Before anything imports triton: without `-m gpu` there is no GPU, and Triton's kernels are interpreted."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -35,6 +35,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def tolerance(dtype: torch.dtype) -> float:
     return 2e-5 if dtype == torch.float32 else 1.6e-2
+
+
+def to_device(meta: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+    """The same on another device; the tensors themselves where it is the one they are on."""
+    tensors = {f.name: getattr(meta, f.name) for f in fields(meta)}
+    moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return replace(meta, **moved)
 
 
 @dataclass
@@ -95,16 +102,20 @@ class PagedBatch:
         window: int = 0,
         soft_cap: float = 0.0,
         norm: torch.Tensor | None = None,
+        device: torch.device = CPU,
     ) -> torch.Tensor:
         """Rotary and attention over the steps in turn -> [rows of qkv, heads * head_dim]; rows not computed are NaN."""
         spec = self.spec
-        cache = ops.allocate_kv_cache(spec, self.num_blocks, CPU)
+        norm = None if norm is None else norm.to(device)
+        qkv, cos_sin = self.qkv.to(device), self.cos_sin.to(device)
+        cache = ops.allocate_kv_cache(spec, self.num_blocks, device)
         for tensor in vars(cache).values():
             if isinstance(tensor, torch.Tensor):
                 tensor.fill_(float("nan"))
         out = torch.full((len(self.qkv), self.num_heads * spec.head_dim), float("nan"), dtype=spec.dtype)
         for step in steps:
             meta, rows = self.metadata(step)
-            q = ops.rotary_and_cache(self.qkv[rows], self.cos_sin, cache, meta, self.num_heads, norm, norm, 1e-6)
-            out[rows] = ops.paged_attention(q, cache, meta, spec.head_dim**-0.5, window, soft_cap)
+            meta = to_device(meta, device)
+            q = ops.rotary_and_cache(qkv[rows.to(device)], cos_sin, cache, meta, self.num_heads, norm, norm, 1e-6)
+            out[rows] = ops.paged_attention(q, cache, meta, spec.head_dim**-0.5, window, soft_cap).cpu()
         return out

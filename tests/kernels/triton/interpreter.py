@@ -1,10 +1,17 @@
 """Triton's interpreter, corrected and made a sanitiser: how the kernels are run without a GPU. Knows none of them.
 
 The interpreter that comes with Triton 3.6 is silently wrong where a type has no numpy equal: arithmetic, comparisons,
+<<<<<<< HEAD
 products and sums of bfloat16 work on its bit patterns, casts to it truncate, casts to fp8 wrap around. And it hides
 what a GPU would not forgive: accesses outside a tensor, masked lanes that are used although nothing was loaded,
 programs of one launch that touch the same bytes. `install` replaces the interpreter's builder and executor by the
 classes below, for the life of the process; `TRITON_INTERPRET=1` must have been set before Triton was first imported.
+=======
+and products of bfloat16 work on its bit patterns, casts to it truncate, casts to fp8 wrap around. And it hides what
+a GPU would not forgive: accesses outside a tensor, masked lanes that are used although nothing was loaded, programs of
+one launch that touch the same bytes. `install` replaces the interpreter's builder and executor by the classes below,
+for the life of the process; `TRITON_INTERPRET=1` must have been set before Triton was first imported.
+>>>>>>> 0b1b469 (Add Triton kernels for a GPU, interpreted and compiled without one)
 
 What it cannot show: types and shapes the compiler refuses, shared memory, registers, the order of sums within a tensor
 core, and races between the threads of one program. `test_compile.py` and the tests marked `gpu` are for those.
@@ -22,7 +29,7 @@ from triton.language import core  # beside `tl`, for `install`
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 _FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 _SEVERAL_READERS, _NOBODY = -2, -1
@@ -108,6 +115,7 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
     """Computes as the hardware does, and asks `memory` before each access. Programs run in a shuffled order."""
 
     memory: Memory
+    other_is_given = False
     _order: Any = None
     _program = 0
 
@@ -136,10 +144,15 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
     def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
         op = {np.maximum: np.fmax, np.minimum: np.fmin}.get(op, op)  # as max.f32: a number wins over a NaN
         if not (_is_odd(lhs.dtype) or _is_odd(rhs.dtype)):
-            return super().binary_op(lhs, rhs, op)
-        out = op(_to_float(lhs.data, lhs.dtype), _to_float(rhs.data, rhs.dtype))
+            out = super().binary_op(lhs, rhs, op)
+            return (
+                TensorHandle(out.data, tl.int1) if out.data.dtype == bool else out
+            )  # stock: typed as what it compares
+        values = op(_to_float(lhs.data, lhs.dtype), _to_float(rhs.data, rhs.dtype))
         dtype = lhs.dtype.scalar
-        return TensorHandle(out, tl.int1) if out.dtype == bool else TensorHandle(_from_float(out, dtype), dtype)
+        return (
+            TensorHandle(values, tl.int1) if values.dtype == bool else TensorHandle(_from_float(values, dtype), dtype)
+        )
 
     def unary_op(self, arg: Any, op: Any) -> Any:
         if not _is_odd(arg.dtype):
@@ -154,10 +167,10 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(wide.astype(np.float32), tl.float32)
 
     def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        """Products of 8 and 16 bit types are summed in float32, those of integers exactly."""
+        """Summed in float64 and rounded once: exact for integers, and no row depends on its place, as it does with
+        the float32 kernels of a CPU's matrix library."""
         left, right = _to_float(a.data, a.dtype), _to_float(b.data, b.dtype)
-        wide = np.float64 if left.dtype == np.int8 or left.dtype == np.float64 else np.float32
-        product = np.matmul(left.astype(wide), right.astype(wide))
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
         return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     # memory
@@ -166,7 +179,8 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
         element = ptrs.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         self.memory.access("load", ptrs.data, mask.data, dtype.itemsize, self._program)
-        if other is None and not mask.data.all():  # nothing was loaded there, so nothing sensible may be found there
+        if other is None and not self.other_is_given and not mask.data.all():
+            # nothing was loaded there, so nothing sensible may be found there
             poison = (
                 _from_float(np.float32(np.nan), element) if _is_odd(element) else np.nan if dtype.kind == "f" else 85
             )
@@ -182,6 +196,14 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
         num_bytes = interpreter._get_np_dtype(ptr.get_element_ty()).itemsize
         self.memory.access("atomic", ptr.data, mask.data, num_bytes, self._program, plain=False)
         return super().create_atomic_rmw(op, ptr, val, mask, *how)
+
+
+class CorrectedSemantic(TritonSemantic):  # type: ignore[misc]
+    """Remembers whether a load has an `other`: the stock one drops it if it is a single zero, taking it for false."""
+
+    def load(self, ptr: Any, mask: Any, other: Any, *hints: Any) -> Any:
+        self.builder.other_is_given = other is not None
+        return super().load(ptr, mask, other, *hints)
 
 
 class CheckedExecutor(GridExecutor):  # type: ignore[misc]
@@ -205,15 +227,6 @@ class CheckedExecutor(GridExecutor):  # type: ignore[misc]
             raise cause from None
 
 
-class CheckedReduce(ReduceOps):  # type: ignore[misc]
-    """Refuses what would be summed as bits; no kernel of ours sums in less than float32."""
-
-    def check_tensor(self, tensors: Any) -> None:
-        super().check_tensor(tensors)
-        if any(_is_odd(tensor.dtype) for tensor in tensors):
-            raise KernelFault("a reduction of bfloat16 or fp8: convert to float32 first")
-
-
 class _NoScope:
     """The language stays replaced for the life of the process: doing it anew at each call takes most of the time."""
 
@@ -227,11 +240,10 @@ def install() -> None:
     if isinstance(interpreter.interpreter_builder, CorrectedBuilder):
         return
     builder = CorrectedBuilder()
-    semantic = TritonSemantic(builder)
+    semantic = CorrectedSemantic(builder)
     interpreter.interpreter_builder = builder
     interpreter.interpreter_semantic = semantic
     interpreter.GridExecutor = CheckedExecutor
-    interpreter.ReduceOps = CheckedReduce
 
     def patch_attr(obj: Any, name: str, member: Any, _builder: Any, scope: Any) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:

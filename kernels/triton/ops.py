@@ -1,0 +1,185 @@
+"""The Triton kernels behind the `Ops` interface, for NVIDIA and AMD GPUs. Knows tensors and shapes, no arithmetic.
+
+Every op but `linear` with dense weights is batch-invariant to the bit: each row goes through the same instructions
+whatever comes with it. A dense product is the vendor's matrix library through torch, which may choose another algorithm
+for another number of rows: there a row's last bits can depend on the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from llmserve.kernels.ops import (
+    Activation,
+    AttentionMetadata,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    PackedSequences,
+    SamplingTensors,
+)
+from llmserve.kernels.reference import DenseLinearWeight
+from llmserve.kernels.triton import embedding, gemm, norm, packed_attention, rotary, segment_sum, split_attention
+from llmserve.kernels.triton.activation import activate, gate_and_mul
+from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
+from llmserve.kernels.triton.layer_norm import layer_norm
+from llmserve.kernels.triton.sampling import sample as draw
+from llmserve.kernels.triton.tables import attention_tiles, gemm_stages
+from llmserve.kernels.triton.weights import ByteLinearWeight, byte_linear_bytes
+from llmserve.kernels.weight_formats import DENSE, INT8
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PROGRAMS_A_PROCESSOR = 2  # of attention that run at once on a multiprocessor
+
+
+class TritonOps:
+    """Implements `Ops` on one kind of device. `architecture` as "sm_90"; `num_processors`: its multiprocessors."""
+
+    name = "triton"
+    weight_formats: tuple[str, ...] = (DENSE, INT8)
+
+    def __init__(self, architecture: str, num_processors: int) -> None:
+        self.architecture = architecture
+        self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
+        self._num_gemm_stages = gemm_stages(architecture)
+
+    def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
+        check_spec(spec)
+        return bytes_per_block(spec)
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> TritonKVCache:
+        """A spec these kernels do not know is a ValueError."""
+        return TritonKVCache(spec, num_blocks, device)
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
+        """`fmt` "dense" keeps the type, "int8" makes W8A8. Another is a ValueError."""
+        if fmt == INT8:
+            return ByteLinearWeight(weight, bias)
+        if fmt != DENSE:
+            raise ValueError(f"The Triton kernels know the weight formats 'dense' and 'int8', not {fmt!r}.")
+        return DenseLinearWeight(weight, bias)
+
+    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+        """Always a ValueError: dequantise, and pack the dense matrix."""
+        raise ValueError(f"The Triton kernels know the weight formats 'dense' and 'int8', not {ggml_type!r}.")
+
+    def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
+        assert fmt in self.weight_formats
+        if fmt == INT8:
+            return byte_linear_bytes(out_features, in_features)
+        return (out_features * in_features + out_features * has_bias) * dtype.itemsize
+
+    def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`out_dtype` float32 keeps what was accumulated."""
+        if isinstance(weight, ByteLinearWeight):
+            out_dtype = out_dtype or x.dtype
+            return gemm.multiply(
+                x, weight.weight, weight.scale, weight.bias, out_dtype, self._min_programs, self._num_gemm_stages
+            )
+        assert isinstance(weight, DenseLinearWeight)
+        if out_dtype is None or out_dtype == x.dtype:
+            return F.linear(x, weight.weight, weight.bias)
+        if not x.is_cuda:
+            return F.linear(x.to(out_dtype), weight.weight.to(out_dtype), _cast(weight.bias, out_dtype))
+        product: torch.Tensor = torch.mm(x, weight.weight.t(), out_dtype=out_dtype)
+        return product if weight.bias is None else product + weight.bias
+
+    def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """An id outside the table gives a row of NaN."""
+        return embedding.embedding(token_ids, table)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def rotary_and_cache(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        assert isinstance(kv_cache, TritonKVCache)
+        return rotary.rotary_and_cache(qkv, cos_sin, kv_cache, meta, num_heads, q_norm, k_norm, eps)
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        meta: AttentionMetadata,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        assert isinstance(kv_cache, TritonKVCache)
+        tiles = attention_tiles(self.architecture, kv_cache.spec.head_dim, kv_cache.spec.dtype.itemsize)
+        return split_attention.paged_attention(
+            q, kv_cache, meta, scale, sliding_window, soft_cap, tiles, self._min_programs
+        )
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gate_and_mul(gate_up, "silu")
+
+    def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gate_and_mul(gate_up, "gelu_tanh")
+
+    def gelu_erf_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gate_and_mul(gate_up, "gelu")
+
+    def activate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return activate(x, activation)
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return layer_norm(x, None, weight, bias, eps)
+
+    def add_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        return layer_norm(x, residual, weight, bias, eps)
+
+    def post_layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        normed = layer_norm(x, residual, weight, bias, eps, post=True)
+        return residual if x.dtype == torch.float32 else normed
+
+    def rotary_packed(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, sequences: PackedSequences, head_dim: int
+    ) -> None:
+        packed_attention.rotary_packed(qkv, cos_sin, sequences, head_dim)
+
+    def packed_attention(
+        self,
+        qkv: torch.Tensor,
+        sequences: PackedSequences,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+        relative_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return packed_attention.packed_attention(qkv, sequences, head_dim, scale, window, relative_bias)
+
+    def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return segment_sum.segment_sum(x, weights, cu_seqlens)
+
+    def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+        return draw(logits, sampling)
+
+
+def create_triton_ops(device: torch.device) -> TritonOps:
+    """For a CUDA (or ROCm) device of this machine."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.partition(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return TritonOps(architecture, properties.multi_processor_count)
+
+
+def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if bias is None else bias.to(dtype)

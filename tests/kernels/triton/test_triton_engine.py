@@ -1,0 +1,84 @@
+"""A whole model through the Triton kernels: the engine says what it says with plain torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from llmserve.config import EngineConfig
+from llmserve.engine.core import EngineCore
+from llmserve.kernels.ops import Ops
+from llmserve.kv_cache.manager import KVCacheManager
+from llmserve.messages import EngineRequest, SamplingParams
+from llmserve.scheduler.budget import FixedBudget
+from llmserve.scheduler.policy import make_policy
+from llmserve.scheduler.scheduler import Scheduler
+from llmserve.worker.loader import prepare_model
+from tests.kernels.triton.triton_cases import DEVICE, REFERENCE, SmallTileOps
+
+
+@pytest.fixture(scope="module")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grouped heads with q and k norms; one layer, random weights."""
+    torch.manual_seed(3)
+    config = transformers.Qwen3Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+    )
+    model = transformers.Qwen3ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    path = tmp_path_factory.mktemp("models") / "tiny-qwen3"
+    model.save_pretrained(path)
+    return path
+
+
+def answers(path: Path, ops: Ops, budget: int) -> list[list[int]]:
+    """Tokens of a greedy and two sampled requests, prompts cut by the budget of a step."""
+    config = EngineConfig(
+        model=str(path),
+        dtype="float32",
+        quantization="none",
+        device="cpu" if DEVICE.type == "cpu" else "cuda",
+        max_model_len=128,
+        max_num_seqs=8,
+        kv_cache_memory=2**22,
+    )
+    runner = replace(prepare_model(config), ops=ops).load()
+    tokens = FixedBudget(budget)
+    scheduler = Scheduler(
+        KVCacheManager(40, 16), policy=make_policy("fcfs"), budget=tokens, max_num_seqs=8, max_model_len=128
+    )
+    core = EngineCore(scheduler, tokens, runner, time.monotonic)
+    wanted = [
+        SamplingParams(max_tokens=4, temperature=0.0, seed=1),
+        SamplingParams(max_tokens=4, temperature=0.8, seed=5, top_k=20),
+        SamplingParams(max_tokens=4, temperature=1.2, seed=9, top_p=0.9, min_p=0.01),
+    ]
+    said: dict[str, list[int]] = {}
+    for number, params in enumerate(wanted):
+        prompt = [(7 * number + 3 * i) % 96 for i in range(11 + 9 * number)]
+        said[str(number)] = []
+        core.add(EngineRequest(request_id=str(number), prompt_token_ids=prompt, params=params, arrival_s=float(number)))
+    while core.has_work():
+        for output in core.step().outputs:
+            said[output.request_id] += output.token_ids
+    return list(said.values())
+
+
+def test_the_engine_says_the_same_on_triton(tiny_qwen3: Path) -> None:
+    expected = answers(tiny_qwen3, REFERENCE, 64)
+    assert [len(tokens) for tokens in expected] == [4, 4, 4]
+    assert answers(tiny_qwen3, SmallTileOps(), 64) == expected
+    assert answers(tiny_qwen3, SmallTileOps(split=16), 16) == expected
