@@ -5,6 +5,8 @@ whatever comes with it. A dense product is the vendor's matrix library through t
 for another number of rows: there a row's last bits can depend on the batch.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,8 @@ from llmserve.kernels.ops import (
     AttentionMetadata,
     KVCache,
     KVCacheSpec,
+    LayerParameters,
+    LayerStack,
     LinearWeight,
     PackedSequences,
     SamplingTensors,
@@ -166,6 +170,9 @@ class TritonOps:
 
     def segment_sum(self, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return segment_sum.segment_sum(x, weights, cu_seqlens)
+
+    def fuse_layers(self, layers: Sequence[LayerParameters], final_norm: torch.Tensor) -> LayerStack | None:
+        return None  # there is no such kernel: each op is launched
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         return draw(logits, sampling)

@@ -1,17 +1,10 @@
 """Triton's interpreter, corrected and made a sanitiser: how the kernels are run without a GPU. Knows none of them.
 
 The interpreter that comes with Triton 3.6 is silently wrong where a type has no numpy equal: arithmetic, comparisons,
-<<<<<<< HEAD
 products and sums of bfloat16 work on its bit patterns, casts to it truncate, casts to fp8 wrap around. And it hides
 what a GPU would not forgive: accesses outside a tensor, masked lanes that are used although nothing was loaded,
 programs of one launch that touch the same bytes. `install` replaces the interpreter's builder and executor by the
 classes below, for the life of the process; `TRITON_INTERPRET=1` must have been set before Triton was first imported.
-=======
-and products of bfloat16 work on its bit patterns, casts to it truncate, casts to fp8 wrap around. And it hides what
-a GPU would not forgive: accesses outside a tensor, masked lanes that are used although nothing was loaded, programs of
-one launch that touch the same bytes. `install` replaces the interpreter's builder and executor by the classes below,
-for the life of the process; `TRITON_INTERPRET=1` must have been set before Triton was first imported.
->>>>>>> 0b1b469 (Add Triton kernels for a GPU, interpreted and compiled without one)
 
 What it cannot show: types and shapes the compiler refuses, shared memory, registers, the order of sums within a tensor
 core, and races between the threads of one program. `test_compile.py` and the tests marked `gpu` are for those.
