@@ -149,10 +149,11 @@ class Ops(Protocol):
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of q [t, h, d] over the cache: row j of sequence i, at position p, sees positions <= p, and
-        with a window w only positions > p - w. `soft_cap` c replaces a score s by c * tanh(s / c).
-        Returns [t, h * d]."""
+        with a window w only positions > p - w. `soft_cap` c replaces a score s by c * tanh(s / c). `sinks` float32 [h]
+        are scores of a key more, whose value is zero (gpt-oss). Returns [t, h * d]."""
         ...
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,10 @@ import torch
 
 from llmserve.kernels.cpu.kv_cache import DTYPES, MAX_HEAD_DIM
 from llmserve.kernels.cpu.ops import create_cpu_ops
+from llmserve.kernels.moe_ops import MoEOps
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.reference import ReferenceOps
+from llmserve.kernels.reference_moe import ReferenceMoE
 
 logger = logging.getLogger(__name__)
 
@@ -25,3 +27,8 @@ def select_ops(device: torch.device, dtype: torch.dtype, head_dim: int, num_thre
         logger.warning("No CPU kernels for %s with head size %d: plain torch runs, much slower.", dtype, head_dim)
         return ReferenceOps()
     return create_cpu_ops(num_threads) or ReferenceOps()
+
+
+def select_moe(ops: Ops) -> MoEOps:
+    """What runs mixtures of experts beside `ops`."""
+    return ReferenceMoE(ops)

@@ -271,6 +271,7 @@ class CPUOps:
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, CPUKVCache)
         tokens, heads, head_dim = q.shape
@@ -284,6 +285,7 @@ class CPUOps:
             scale,
             sliding_window,
             soft_cap,
+            None if sinks is None else _data(sinks),
             out.data_ptr(),
         )
         return out

@@ -1,4 +1,7 @@
-"""The dense decoder: Llama, Mistral, SmolLM, Qwen2, Qwen3, Gemma 2 and 3. Knows no scheduler, no sampling, no files."""
+"""The decoder: Llama, Mistral, SmolLM, Qwen2, Qwen3, Gemma 2 and 3, and mixtures of experts built like them.
+
+Knows no scheduler, no sampling, no files.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,9 @@ class LlamaModel:
     def nbytes(self) -> int:
         """Memory the weights take, norms included."""
         packed = [linear.nbytes for layer in self._layers for linear in layer.linears]
-        norms = [norm.nbytes for layer in self._layers for norm in layer.norms] + [self._next_norms[-1].nbytes]
+        vectors = [vector.nbytes for layer in self._layers for vector in layer.vectors] + [self._next_norms[-1].nbytes]
         head_bytes = 0 if self._lm_head is None else self._lm_head.nbytes
-        return self._embedding.nbytes + sum(packed) + head_bytes + sum(norms)
+        return self._embedding.nbytes + sum(packed) + head_bytes + sum(vectors)
 
     @property
     def device(self) -> torch.device:
