@@ -101,8 +101,9 @@ class Ops(Protocol):
         ...
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
-        """Packs a GGUF matrix, raw uint8 [out, bytes of a row], and keeps its format; the caller drops its own
-        reference. Rows may have been joined or permuted. A type that is not in `weight_formats` is a ValueError."""
+        """Packs a matrix of GGUF blocks, or of int8 rows ("int8": a row is its float32 scale and a signed byte for each
+        weight), raw uint8 [out, bytes of a row], and keeps its numbers; the caller drops its own reference. Rows may
+        have been joined or permuted. A type that is not in `weight_formats` is a ValueError."""
         ...
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:

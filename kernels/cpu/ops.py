@@ -12,7 +12,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from llmserve.kernels.cpu.gguf_blocks import pack_gguf, pack_q8_0
+from llmserve.kernels.cpu.gguf_blocks import pack_q8_0, pack_raw
 from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
 from llmserve.kernels.cpu.library import (
     ACTIVATIONS,
@@ -72,8 +72,8 @@ class CPUOps:
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
-        "q4_0", "q4_1" or "q4_k". Rows may be joined (qkv) or permuted before. Another type is a ValueError."""
-        return pack_gguf(raw, ggml_type, bias)
+        "q4_0", "q4_1" or "q4_k"; or rows of "int8". Rows may be joined (qkv). Another type is a ValueError."""
+        return pack_raw(raw, ggml_type, bias)
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         return packed_bytes(fmt, out_features, in_features, dtype.itemsize, has_bias)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmserve.errors import ModelLoadError
+from llmserve.models.checkpoint_quantization import CheckpointQuantization
 
 RopeKind = Literal["none", "linear", "llama3", "yarn", "factors"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -100,6 +101,7 @@ class ModelConfig:
     activation: Activation = "silu"
     attention_sinks: bool = False  # a learnt score for each head that takes weight and gives nothing (gpt-oss)
     moe: MoEConfig | None = None
+    quantization: CheckpointQuantization | None = None  # of a folder whose matrices are packed
     dtype: str = "float32"  # torch's name for the type the weights were published in; bfloat16 for quantised files
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

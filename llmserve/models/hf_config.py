@@ -11,6 +11,7 @@ from pathlib import Path
 from llmserve.errors import ModelLoadError
 from llmserve.json_fields import JsonFields, read_json
 from llmserve.models.architectures import ARCHITECTURES, Architecture, causal_name, find_architecture
+from llmserve.models.checkpoint_quantization import read_quantization
 from llmserve.models.config import Activation, ModelConfig, RopeConfig, yarn_magnitude
 from llmserve.models.moe import read_moe
 
@@ -74,6 +75,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         activation=_activation(fields, row),
         attention_sinks=row.attention_sinks,
         moe=read_moe(architecture, fields, num_layers),
+        quantization=read_quantization(fields),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(folder, fields),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
@@ -85,11 +87,6 @@ def _qkv_bias(fields: JsonFields, has_bias: bool) -> bool:
 
 
 def _refuse_unsupported(fields: JsonFields) -> None:
-    if fields.has("quantization_config"):
-        method = fields.child("quantization_config").values.get("quant_method", "unknown")
-        raise ModelLoadError(
-            f"{fields.where}: weights quantised by {method!r} are not supported. Use the unquantised model or a GGUF."
-        )
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise ModelLoadError(f"{fields.where}: 'partial_rotary_factor' other than 1 is not supported.")
     if fields.boolean("use_bidirectional_attention", False):

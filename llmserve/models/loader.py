@@ -13,7 +13,7 @@ from llmserve.errors import ModelLoadError
 from llmserve.kernels.moe_ops import Routing
 from llmserve.kernels.ops import LinearWeight, Ops
 from llmserve.kernels.select import select_moe
-from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS
+from llmserve.kernels.weight_formats import DENSE, row_bytes
 from llmserve.models.config import ModelConfig, MoEConfig, RopeConfig
 from llmserve.models.layers import MLP, Attention, DecoderLayer, MoE
 from llmserve.models.llama import LlamaModel
@@ -110,7 +110,7 @@ class _ParameterReader:
         fmt = self._formats.get(name, DENSE)
         types = {self._source.types[f"{part}.weight"].lower() for part in linear.parts}
         bias = self.matrix([f"{part}.bias" for part in linear.parts]) if linear.has_bias else None
-        if fmt in GGUF_FORMATS and types == {fmt}:
+        if fmt != DENSE and types == {fmt}:
             return self._ops.pack_quantized(self._blocks(linear, fmt), fmt, bias)
         weight = dense if dense is not None else self.matrix([f"{part}.weight" for part in linear.parts])
         return self._ops.pack_linear(weight, bias, fmt)
@@ -118,9 +118,7 @@ class _ParameterReader:
     def _blocks(self, linear: LinearParameter, fmt: str) -> torch.Tensor:
         """Rows of blocks as in the file, uint8 [out, bytes of a row]."""
         names = [f"{part}.weight" for part in linear.parts]
-        weights, block_bytes = GGUF_FORMATS[fmt]
-        shape = (linear.out_features, linear.in_features // weights * block_bytes)
-        stacked = allocate(shape, torch.uint8, self._device)
+        stacked = allocate((linear.out_features, row_bytes(fmt, linear.in_features)), torch.uint8, self._device)
         for name, part in zip(names, torch.split(stacked, [self._source.shapes[n][0] for n in names]), strict=True):
             self._source.read_raw(name, part)
             self._report(name)

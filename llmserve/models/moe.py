@@ -141,12 +141,15 @@ def split_fused(name: str, shape: tuple[int, ...], moe: MoEConfig) -> list[Tenso
     """The experts' own tensors that a fused one holds, under the names they have apart; [] if it is not fused.
 
     transformers 5 keeps `experts.gate_up_proj` [e, 2n, hidden] (gate's rows, then up's) and `experts.down_proj`
-    [e, hidden, n]; gpt-oss has them [e, hidden, 2n], gate's and up's columns alternating, and [e, n, hidden].
+    [e, hidden, n]; gpt-oss has them [e, hidden, 2n], gate's and up's columns alternating, and [e, n, hidden]; in mxfp4,
+    as it is published, `_blocks` [e, 2n, hidden / 32, 16] and `_scales` [e, 2n, hidden / 32].
     """
-    match = re.fullmatch(rf"(.*\.){re.escape(moe.names.fused)}\.(gate_up_proj|down_proj)(_bias)?", name)
-    if match is None or len(shape) != (2 if match[3] else 3) or shape[0] != moe.num_experts:
+    pattern = rf"(.*\.){re.escape(moe.names.fused)}\.(gate_up_proj|down_proj)(_bias|_blocks|_scales|)"
+    match = re.fullmatch(pattern, name)
+    dims = {"": 3, "_bias": 2, "_blocks": 4, "_scales": 3}
+    if match is None or len(shape) != dims[match[3]] or shape[0] != moe.num_experts:
         return []
-    kind = "bias" if match[3] else "weight"
+    kind = {"": "weight", "_bias": "bias", "_blocks": "weight_blocks", "_scales": "weight_scales"}[match[3]]
     is_transposed = moe.names.fused_is_transposed and kind == "weight"
     outputs = shape[2] if is_transposed else shape[1]
     rows = {moe.names.down: slice(0, outputs)}

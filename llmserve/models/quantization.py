@@ -27,8 +27,8 @@ def quantization_choices(types: Iterable[str], supported: Iterable[str]) -> tupl
 
 
 def native_types(types: Iterable[str], supported: Iterable[str]) -> list[str]:
-    """The quantised types among `types` that are computed as they lie in the file."""
-    formats = GGUF_FORMATS.keys() & set(supported)
+    """The quantised types among `types` that are computed as they lie in the file: GGUF's blocks and int8 rows."""
+    formats = {*GGUF_FORMATS, INT8} & set(supported)
     return sorted({name for name in types if name.lower() in formats})
 
 

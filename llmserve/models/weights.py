@@ -6,10 +6,7 @@ second copy of a model is ever in memory.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,13 +16,12 @@ import torch
 
 from llmserve.errors import ModelLoadError
 from llmserve.gguf_file import TensorInfo, read_gguf
-from llmserve.models.config import ModelConfig, MoEConfig
+from llmserve.models.config import ModelConfig
 from llmserve.models.gguf_names import hugging_face_name, split_experts
-from llmserve.models.moe import TensorPiece, split_fused
 from llmserve.models.parameters import check_tensors
-from llmserve.models.safetensors_file import SafetensorsFile, SafetensorsTensor, open_shards
+from llmserve.models.quantized_weights import QuantizedWeights
+from llmserve.models.safetensors_weights import SafetensorsWeights, StoredTensors
 
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DEQUANTISE_ELEMENTS = 1 << 22  # dequantised to float32 at once: 16 MiB
 
 
@@ -54,65 +50,15 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
 
     Raises ModelLoadError, naming file and tensor, for what is damaged, missing, misshapen or not known to the model.
     """
-    source: WeightSource = SafetensorsWeights(path, config.moe) if path.is_dir() else GgufWeights(path, config)
+    source = _open_folder(path, config) if path.is_dir() else GgufWeights(path, config)
     check_tensors(config, source.shapes, source.where)
     return source
 
 
-class SafetensorsWeights:
-    """The safetensors files of a folder. Fused experts are seen as the tensors of each."""
-
-    def __init__(self, folder: Path, moe: MoEConfig | None = None) -> None:
-        self.where = str(folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.types: dict[str, str] = {}
-        self._tensors: dict[str, _StoredTensor] = {}
-        for file in open_shards(folder):
-            for name, tensor in file.tensors.items():
-                pieces = split_fused(name, tensor.shape, moe) if moe is not None else []
-                for piece in pieces or [TensorPiece(name, ())]:
-                    self._add(file, tensor, piece)
-
-    def _add(self, file: SafetensorsFile, tensor: SafetensorsTensor, piece: TensorPiece) -> None:
-        stored = _StoredTensor(file, tensor, piece)
-        self._tensors[piece.name] = stored
-        self.shapes[piece.name] = stored.shape
-        self.types[piece.name] = tensor.dtype
-
-    def nbytes(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * _TORCH_DTYPES[self.types[name]].itemsize
-
-    def read(self, name: str, out: torch.Tensor) -> None:
-        out.copy_(self._tensors[name].view())
-
-    def read_raw(self, name: str, out: torch.Tensor) -> None:
-        out.copy_(self._tensors[name].view().contiguous().view(torch.uint8).view(out.shape))
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredTensor:
-    """A tensor as it lies in a file, or the piece of it that one expert is."""
-
-    file: SafetensorsFile
-    tensor: SafetensorsTensor
-    piece: TensorPiece
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes = (len(range(*part.indices(n))) for part, n in self._parts() if isinstance(part, slice))
-        shape = (*sizes, *self.tensor.shape[len(self.piece.index) :])
-        return shape[::-1] if self.piece.transposed else shape
-
-    def view(self) -> torch.Tensor:
-        """It, without a copy."""
-        dtype, tensor = _TORCH_DTYPES[self.tensor.dtype], self.tensor
-        count = tensor.nbytes // dtype.itemsize
-        stored = torch.frombuffer(self.file.buffer, dtype=dtype, count=count, offset=tensor.offset).view(tensor.shape)
-        stored = stored[self.piece.index] if self.piece.index else stored
-        return stored.T if self.piece.transposed else stored
-
-    def _parts(self) -> Iterator[tuple[int | slice, int]]:
-        return zip(self.piece.index, self.tensor.shape, strict=False)
+def _open_folder(path: Path, config: ModelConfig) -> WeightSource:
+    if config.quantization is None:
+        return SafetensorsWeights(path, config.moe)
+    return QuantizedWeights(StoredTensors(path, config.moe), config.quantization)
 
 
 class GgufWeights:
