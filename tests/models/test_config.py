@@ -122,7 +122,7 @@ def test_yarn_attention_factor(read):
         ({"head_dim": 15}, ["15"]),
         ({"dtype": "int8"}, ["int8", "bfloat16"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["awq"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["bitsandbytes"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         ({"rope_scaling": [1]}, ["rope_scaling"]),
