@@ -118,6 +118,7 @@ class Ops(Protocol):
     Norm weights and biases are float32."""
 
     name: str
+    computes_sinks: bool  # whether `paged_attention` takes them
     weight_formats: tuple[str, ...]  # of `weight_formats.py`, those this implementation computes
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
@@ -134,8 +135,9 @@ class Ops(Protocol):
         ...
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
-        """Packs a GGUF matrix, raw uint8 [out, bytes of a row], and keeps its format; the caller drops its own
-        reference. Rows may have been joined or permuted. A type that is not in `weight_formats` is a ValueError."""
+        """Packs a matrix of GGUF blocks, or of int8 rows ("int8": a row is its float32 scale and a signed byte for each
+        weight), raw uint8 [out, bytes of a row], and keeps its numbers; the caller drops its own reference. Rows may
+        have been joined or permuted. A type that is not in `weight_formats` is a ValueError."""
         ...
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
@@ -182,10 +184,11 @@ class Ops(Protocol):
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of q [t, h, d] over the cache: row j of sequence i, at position p, sees positions <= p, and
-        with a window w only positions > p - w. `soft_cap` c replaces a score s by c * tanh(s / c).
-        Returns [t, h * d]."""
+        with a window w only positions > p - w. `soft_cap` c replaces a score s by c * tanh(s / c). `sinks` float32 [h]
+        are scores of a key more, whose value is zero (gpt-oss). Returns [t, h * d]."""
         ...
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ class ReferenceOps:
     """Implements `Ops`. Has no state."""
 
     name = "reference"
+    computes_sinks = True
     weight_formats: tuple[str, ...] = (DENSE,)
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
@@ -133,6 +134,7 @@ class ReferenceOps:
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, DenseKVCache)
         num_kv_heads, head_dim = kv_cache.k.shape[2:]
@@ -147,8 +149,14 @@ class ReferenceOps:
             b, n = group.rows.shape
             queries = q[group.rows].view(b, n, num_kv_heads, -1, head_dim).transpose(1, 2)  # [b, k, n, g, d]
             group_size = queries.shape[3]
+            row_sinks = None if sinks is None else sinks.view(num_kv_heads, group_size).repeat(1, n)  # [k, m]
             attended = attend(
-                queries.flatten(2, 3).float() * scale, k, v, visible.repeat_interleave(group_size, dim=1), soft_cap
+                queries.flatten(2, 3).float() * scale,
+                k,
+                v,
+                visible.repeat_interleave(group_size, dim=1),
+                soft_cap,
+                sinks=row_sinks,
             )
             attended = attended.view(b, num_kv_heads, n, group_size, head_dim).transpose(1, 2)
             out[group.rows] = attended.flatten(2, 3).to(q.dtype)

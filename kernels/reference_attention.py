@@ -104,9 +104,11 @@ def attend(
     visible: torch.Tensor,
     soft_cap: float = 0.0,
     bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention in float32: queries [b, k, m, d], k and v [b, k, l, d], visible bool [b, m, l], bias [k, m, l]
-    -> [b, k, m, d]. l is a multiple of _KEY_TILE, and each row sees a key."""
+    """Softmax attention in float32: queries [b, k, m, d], k and v [b, k, l, d], visible bool [b, m, l], bias [k, m, l],
+    sinks [k, m], the scores of one more key that has no value -> [b, k, m, d]. l is a multiple of _KEY_TILE, and each
+    row sees a key."""
     b, num_kv_heads, num_rows, head_dim = queries.shape
     padding = max(0, _MIN_MATMUL_ROWS - num_rows)
     queries = F.pad(queries, (0, 0, 0, padding))
@@ -118,7 +120,8 @@ def attend(
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill_(~visible[:, None], -torch.inf)
-    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
+    highest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - highest).exp_()
     tiles = weights.view(b, num_kv_heads, num_rows + padding, -1, _KEY_TILE).transpose(2, 3)  # [b, k, tiles, m, tile]
     partial_outputs = tiles @ v.reshape(b, num_kv_heads, -1, _KEY_TILE, head_dim)  # [b, k, tiles, m, d]
     partial_sums = tiles.sum(dim=-1, keepdim=True)
@@ -126,7 +129,10 @@ def attend(
     for tile in range(1, tiles.shape[2]):  # left to right, so that tiles that are all zero change nothing
         output = output + partial_outputs[:, :, tile]
         total = total + partial_sums[:, :, tile]
-    return (output / total)[:, :, :num_rows]
+    output, total = output[:, :, :num_rows], total[:, :, :num_rows]
+    if sinks is not None:  # a weight that may overflow: then the output is the zero it ought to be
+        total = total + (sinks[:, :, None] - highest[:, :, :num_rows]).exp()
+    return output / total
 
 
 def packed_attention(

@@ -9,8 +9,10 @@ import torch
 
 from llmserve.kernels.cpu.kv_cache import DTYPES, MAX_HEAD_DIM
 from llmserve.kernels.cpu.ops import create_cpu_ops
+from llmserve.kernels.moe_ops import MoEOps
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.reference import ReferenceOps
+from llmserve.kernels.reference_moe import ReferenceMoE
 
 logger = logging.getLogger(__name__)
 
@@ -40,3 +42,8 @@ def _select_gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         logger.warning("No Triton kernels for %s with head size %d: plain torch runs, slower.", dtype, head_dim)
         return ReferenceOps()
     return ops.create_triton_ops(device)
+
+
+def select_moe(ops: Ops) -> MoEOps:
+    """What runs mixtures of experts beside `ops`."""
+    return ReferenceMoE(ops)

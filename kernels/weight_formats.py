@@ -14,3 +14,11 @@ Q8_0 = "q8_0"
 # GGUF's, kept as they lie in the file: ggml's name in lower case -> (weights a block, bytes a block)
 GGUF_FORMATS = {Q8_0: (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q4_k": (256, 144)}
 ALL_FORMATS = (DENSE, INT8, *GGUF_FORMATS)
+
+
+def row_bytes(fmt: str, in_features: int) -> int:
+    """Bytes of one output in a file: GGUF's blocks; of "int8" a float32 scale, then a byte for each weight."""
+    if fmt == INT8:
+        return 4 + in_features
+    weights, block_bytes = GGUF_FORMATS[fmt]
+    return in_features // weights * block_bytes

@@ -20,6 +20,7 @@ typedef struct {
     int64_t num_heads, group; /* query heads, and of them those that share a kv head */
     int64_t window;
     Scoring scoring;
+    const float *sinks; /* NULL, or for each query head the score of a key more, whose value is zero */
     const struct Task *tasks;
     float *partials; /* a state for each task, where partitions are computed apart */
 } Attention;
@@ -87,6 +88,15 @@ static Softmax scratch_state(int slot, int64_t d) {
     return state_at(thread_scratch(slot, sizeof(float) * (size_t)state_floats(d)), d);
 }
 
+static void write_rows(const Attention *job, const Task *task, const TaskRows *rows, Softmax state) {
+    for (int r = 0; r < task->rows; r++) {
+        int64_t head = task->head * job->group + (task->row0 + r) % job->group;
+        /* A sink's weight may be infinite: then the output is zero. */
+        if (job->sinks) state.l[r * VL] += exp2f(job->sinks[head] * LOG2E - state.m[r]);
+        write_row(rows->out[r], job->kv->head_dim, state, r, job->kv->dtype);
+    }
+}
+
 static void attention_tile(const void *arg, int tile) {
     const Attention *job = arg;
     const Task *task = job->tasks + tile;
@@ -103,7 +113,7 @@ static void attention_tile(const void *arg, int tile) {
         attend_partition(job, task, &rows, p, part);
         for (int r = 0; r < task->rows; r++) merge(total, part, r, d);
     }
-    for (int r = 0; r < task->rows; r++) write_row(rows.out[r], d, total, r, job->kv->dtype);
+    write_rows(job, task, &rows, total);
 }
 
 /* Merges the partitions of tasks [first, last), which share their rows, in order. */
@@ -117,7 +127,7 @@ static void merge_partials(const Attention *job, const Task *first, const Task *
         Softmax part = state_at(job->partials + task->partial * state_floats(d), d);
         for (int r = 0; r < first->rows; r++) merge(total, part, r, d);
     }
-    for (int r = 0; r < first->rows; r++) write_row(rows.out[r], d, total, r, job->kv->dtype);
+    write_rows(job, first, &rows, total);
 }
 
 /* Cuts the batch into tasks; with `split`, a task a partition. Returns their number; `tasks` NULL only counts. */
@@ -145,9 +155,9 @@ static int64_t plan(const Attention *job, int split, Task *tasks) {
 }
 
 EXPORT void llm_paged_attention(Pool *pool, const void *q, const KVCache *kv, const StepMeta *meta, int64_t num_heads,
-                                float scale, int64_t window, float soft_cap, void *out) {
+                                float scale, int64_t window, float soft_cap, const float *sinks, void *out) {
     Attention job = {.q = q, .out = out, .kv = kv, .meta = meta, .num_heads = num_heads,
-                     .group = num_heads / kv->num_kv_heads, .window = window,
+                     .group = num_heads / kv->num_kv_heads, .window = window, .sinks = sinks,
                      .scoring = scoring(scale, soft_cap)};
     int64_t count = plan(&job, 0, NULL);
     int split = count < 4 * pool_threads(pool) && pool_threads(pool) > 1;

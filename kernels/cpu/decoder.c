@@ -70,7 +70,7 @@ static void forward_layer(Pool *pool, const Layer *layer, const float *next_norm
     llm_rotary_and_cache(pool, x.qkv, layer->cos_sin, layer->kv, meta, layer->num_heads, layer->q_norm, layer->k_norm,
                          layer->eps, x.q);
     llm_paged_attention(pool, x.q, layer->kv, meta, layer->num_heads, layer->scale, layer->window, layer->soft_cap,
-                        x.attended);
+                        NULL, x.attended);
     for (int64_t row = 0; row < rows; row += PART_ROWS) {
         int64_t count = rows - row < PART_ROWS ? rows - row : PART_ROWS;
         Rows part = x;

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import torch
 
-from llmserve.kernels.cpu.weights import GROUP, CPULinearWeight, pad_rows, row_slices
+from llmserve.kernels.cpu.weights import GROUP, CPULinearWeight, pack_int8_rows, pad_rows, row_slices
 from llmserve.kernels.memory import WeightMemory
-from llmserve.kernels.weight_formats import GGUF_FORMATS
+from llmserve.kernels.weight_formats import GGUF_FORMATS, INT8
 
 BLOCK = 32
+
+
+def pack_raw(raw: torch.Tensor, fmt: str, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
+    """Rows as they lie in a file, of GGUF's blocks or "int8" -> a weight of the same format. Raises ValueError."""
+    return pack_int8_rows(raw, bias, memory) if fmt.lower() == INT8 else pack_gguf(raw, fmt, bias, memory)
 
 
 def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:

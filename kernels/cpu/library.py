@@ -78,7 +78,7 @@ class Library:
         self.packed_attention = self._function("llm_packed_attention", None, p, p, p, n, n, n, f, n, p, n, i, p)
         self.embedding = self._function("llm_embedding", n, p, n, p, n, n, p)
         self.rotary_and_cache = self._function("llm_rotary_and_cache", None, p, p, p, p, p, n, p, p, f, p)
-        self.paged_attention = self._function("llm_paged_attention", None, p, p, p, p, n, f, n, f, p)
+        self.paged_attention = self._function("llm_paged_attention", None, p, p, p, p, n, f, n, f, p, p)
         self.linear = self._function("llm_linear", None, p, p, p, p, n, n, i, i)
         self.decoder = self._function("llm_decoder", None, p, p, n, p, p, p, p, i)
         self.sample = self._function("llm_sample", None, p, p, n, n, p, p, p, p, p, p, p)

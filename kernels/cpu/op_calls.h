@@ -12,4 +12,4 @@ EXPORT void llm_rotary_and_cache(Pool *pool, const void *qkv, const float *cos_s
                                  const StepMeta *meta, int64_t num_heads, const void *q_norm, const void *k_norm,
                                  float eps, void *q_out);
 EXPORT void llm_paged_attention(Pool *pool, const void *q, const KVCache *kv, const StepMeta *meta, int64_t num_heads,
-                                float scale, int64_t window, float soft_cap, void *out);
+                                float scale, int64_t window, float soft_cap, const float *sinks, void *out);

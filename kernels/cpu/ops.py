@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llmserve.kernels.cpu.decoder import DecoderLayers, can_run
-from llmserve.kernels.cpu.gguf_blocks import pack_gguf, pack_q8_0
+from llmserve.kernels.cpu.gguf_blocks import pack_q8_0, pack_raw
 from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
 from llmserve.kernels.cpu.library import (
     ACTIVATIONS,
@@ -44,6 +44,7 @@ class CPUOps:
     """Implements `Ops` by the C kernels. Tensors are on the CPU, rows contiguous, one dtype throughout."""
 
     name = "cpu"
+    computes_sinks = True
     weight_formats: tuple[str, ...] = ALL_FORMATS
 
     def __init__(self, library: Library) -> None:
@@ -76,8 +77,8 @@ class CPUOps:
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
-        "q4_0", "q4_1" or "q4_k". Rows may be joined (qkv) or permuted before. Another type is a ValueError."""
-        return pack_gguf(raw, ggml_type, bias, self._weights)
+        "q4_0", "q4_1" or "q4_k"; or rows of "int8". Rows may be joined (qkv). Another type is a ValueError."""
+        return pack_raw(raw, ggml_type, bias, self._weights)
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         return packed_bytes(fmt, out_features, in_features, dtype.itemsize, has_bias)
@@ -275,6 +276,7 @@ class CPUOps:
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, CPUKVCache)
         tokens, heads, head_dim = q.shape
@@ -288,6 +290,7 @@ class CPUOps:
             scale,
             sliding_window,
             soft_cap,
+            None if sinks is None else _data(sinks),
             out.data_ptr(),
         )
         return out

@@ -74,6 +74,17 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMem
     return CPULinearWeight(INT8, INT8, (rows, columns), padded_in, data, pad_rows(scales), bias)
 
 
+def pack_int8_rows(raw: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
+    """uint8 [out, 4 + in]: of each output the float32 scale, then its signed bytes; kept as they are."""
+    rows, columns = raw.shape[0], raw.shape[1] - 4
+    data = memory.empty((-(-rows // GROUP), (columns + -columns % 4) // 4, GROUP), torch.int32)
+    for part, groups in row_slices(rows, columns):
+        # Signed -> unsigned, + 128, which is how a missing column's zero is stored too.
+        data[groups] = pack_lanes(F.pad(raw[part, 4:] ^ 0x80, (0, -columns % 4), value=0x80))
+    scales = raw[:, :4].contiguous().view(torch.float32)[:, 0]
+    return CPULinearWeight(INT8, INT8, (rows, columns), columns + -columns % 4, data, pad_rows(scales), bias)
+
+
 def packed_bytes(fmt: str, out_features: int, in_features: int, dtype_bytes: int, has_bias: bool) -> int:
     """`nbytes` of a matrix in that format before it is packed: rows are padded to 16, columns to 4 bytes."""
     rows = out_features + -out_features % GROUP

@@ -39,6 +39,7 @@ class TritonOps:
     """Implements `Ops` on one kind of device. `architecture` as "sm_90"; `num_processors`: its multiprocessors."""
 
     name = "triton"
+    computes_sinks = False
     weight_formats: tuple[str, ...] = (DENSE, INT8)
 
     def __init__(self, architecture: str, num_processors: int) -> None:
@@ -119,8 +120,10 @@ class TritonOps:
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, TritonKVCache)
+        assert sinks is None
         tiles = attention_tiles(self.architecture, kv_cache.spec.head_dim, kv_cache.spec.dtype.itemsize)
         return split_attention.paged_attention(
             q, kv_cache, meta, scale, sliding_window, soft_cap, tiles, self._min_programs

@@ -25,6 +25,7 @@ class Architecture:
     gemma: bool = False  # post-norms, norm weights stored minus one, scaled embeddings, its own query scale
     default_rope_theta: float = 10_000.0
     local_rope_theta: float | None = None  # sliding layers rotate by their own theta
+    attention_sinks: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -53,14 +54,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         default_rope_theta=1_000_000.0,
         local_rope_theta=10_000.0,
     ),
+    # Mixtures of experts: what their feed-forward layers are is said in moe.py.
+    "MixtralForCausalLM": Architecture(sliding="all", default_rope_theta=1_000_000.0),
+    "Qwen2MoeForCausalLM": Architecture(qkv_bias=True, sliding="last"),
+    "Qwen3MoeForCausalLM": Architecture(qkv_bias=None, o_bias=None, qk_norm=True, sliding="all"),
+    "Dots1ForCausalLM": Architecture(qkv_bias=None, o_bias=None, qk_norm=True, sliding="last"),
+    "GptOssForCausalLM": Architecture(
+        qkv_bias=None,
+        o_bias=None,
+        sliding="pattern",
+        default_sliding_pattern=2,
+        default_rope_theta=150_000.0,
+        attention_sinks=True,
+    ),
 }
 
-GGUF_ARCHITECTURES: dict[str, str] = {  # llama.cpp files Mistral under "llama"
+GGUF_ARCHITECTURES: dict[str, str] = {  # llama.cpp files Mistral and Mixtral under "llama"
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
 }
 
 

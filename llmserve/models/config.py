@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmserve.errors import ModelLoadError
+from llmserve.models.checkpoint_quantization import CheckpointQuantization
 
 RopeKind = Literal["none", "linear", "llama3", "yarn", "factors"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -35,9 +36,43 @@ class RopeConfig:
     freq_factors: tuple[float, ...] = ()  # factors: [head_dim / 2]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a mixture's tensors are called within a layer; `expert` is a format for the expert's number."""
+
+    router: str
+    expert: str
+    gate: str
+    up: str
+    down: str
+    fused: str  # of all experts in one tensor, as transformers 5 keeps them in memory
+    fused_is_transposed: bool = False  # there [in, out], the columns of gate and up alternating (gpt-oss)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017; the sparse layers of Mixtral and Qwen)."""
+
+    names: ExpertNames
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int  # of one expert
+    shared_intermediate_size: int = 0  # of the expert that every token goes to; 0: there is none
+    shared_name: str = "mlp.shared_expert"
+    has_shared_gate: bool = False  # the shared expert's answer is scaled by the sigmoid of its own product
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True  # the chosen experts' weights sum to one
+    scale: float = 1.0  # of the chosen experts' weights
+    has_correction_bias: bool = False  # added to the scores for the choice alone (DeepSeek-V3)
+    has_biases: bool = False  # of the router and of the experts
+    dense_layers: frozenset[int] = frozenset()  # those with a plain MLP
+    swiglu_limit: float = 0.0  # gpt-oss's clamped activation; 0: the model's own activation
+    swiglu_alpha: float = 1.702
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of the Llama family, whole: two models that differ, differ here or in their weights."""
+    """A decoder of the Llama family, whole: two models that differ, differ here or in their weights."""
 
     architecture: str  # the name Hugging Face gives it, also for a GGUF file
     num_layers: int
@@ -64,12 +99,19 @@ class ModelConfig:
     embedding_scale: float = 1.0
     query_scale: float = 1.0  # multiplies q . k
     activation: Activation = "silu"
+    attention_sinks: bool = False  # a learnt score for each head that takes weight and gives nothing (gpt-oss)
+    moe: MoEConfig | None = None
+    quantization: CheckpointQuantization | None = None  # of a folder whose matrices are packed
     dtype: str = "float32"  # torch's name for the type the weights were published in; bfloat16 for quantised files
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         assert len(self.sliding_windows) == self.num_layers
+
+    def moe_of_layer(self, layer: int) -> MoEConfig | None:
+        """The mixture that layer has in place of an MLP, if it has one."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
     def rope_of_layer(self, layer: int) -> RopeConfig:
         """The rotary embedding that layer uses."""

@@ -25,7 +25,8 @@ from llmserve.models.loader import allocate
 from llmserve.models.parameters import Shape
 from llmserve.models.renamed_weights import RenamedWeights
 from llmserve.models.rope import build_cos_sin
-from llmserve.models.weights import SafetensorsWeights, WeightSource
+from llmserve.models.safetensors_weights import SafetensorsWeights
+from llmserve.models.weights import WeightSource
 
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _IGNORED = ("embeddings.position_ids", "rotary_emb.inv_freq")  # buffers of old checkpoints, which follow from the rest

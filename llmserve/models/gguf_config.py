@@ -13,7 +13,8 @@ from pathlib import Path
 from llmserve.errors import ModelLoadError
 from llmserve.gguf_file import GGUFFile, read_gguf
 from llmserve.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
-from llmserve.models.config import ModelConfig, RopeConfig, yarn_magnitude
+from llmserve.models.config import ModelConfig, MoEConfig, RopeConfig, yarn_magnitude
+from llmserve.models.moe import MOE_ARCHITECTURES
 
 _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -27,7 +28,8 @@ def config_from_gguf(path: Path) -> ModelConfig:
     """Raises ModelLoadError for a damaged file, a missing key, and for what is not supported."""
     file = read_gguf(path)
     reader = _Metadata(file)
-    row = ARCHITECTURES[GGUF_ARCHITECTURES[reader.arch]]
+    architecture = _architecture(reader)
+    row = ARCHITECTURES[architecture]
     num_layers, hidden_size = reader.integer("block_count"), reader.integer("embedding_length")
     reader.tensor_shape(f"blk.{num_layers - 1}.attn_norm.weight")  # before anything is made for each layer
     num_heads = reader.integer("attention.head_count")
@@ -39,7 +41,7 @@ def config_from_gguf(path: Path) -> ModelConfig:
     local_theta = reader.number("rope.freq_base_swa", row.local_rope_theta or 0.0)
     query_size = hidden_size // num_heads if (reader.arch, num_layers) in _GEMMA_27B else head_dim
     return ModelConfig(
-        architecture=GGUF_ARCHITECTURES[reader.arch],
+        architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -63,6 +65,7 @@ def config_from_gguf(path: Path) -> ModelConfig:
         embedding_scale=hidden_size**0.5 if row.gemma else 1.0,
         query_scale=query_size**-0.5,
         activation="gelu_tanh" if row.gemma else "silu",
+        moe=_moe(reader, architecture),
         dtype=_dtype(file),
         eos_token_ids=_eos_token_ids(file),
         bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
@@ -103,6 +106,30 @@ class _Metadata:
     def _error(self, key: str, wanted: str, got: object) -> ModelLoadError:
         found = "it is missing" if got is None else f"it is {got!r}"
         return ModelLoadError(f"{self.file.path}: the metadata key '{self.arch}.{key}' must be {wanted}; {found}.")
+
+
+def _architecture(reader: _Metadata) -> str:
+    """Hugging Face's name of it: llama.cpp tells Mixtral from Llama by its experts."""
+    if reader.arch == "llama" and reader.number("expert_count", 0):
+        return "MixtralForCausalLM"
+    return GGUF_ARCHITECTURES[reader.arch]
+
+
+def _moe(reader: _Metadata, architecture: str) -> MoEConfig | None:
+    """The mixture of experts, every layer one; what is not in the file is in llama.cpp's build_moe_ffn calls."""
+    row = MOE_ARCHITECTURES.get(architecture)
+    if row is None:
+        return None
+    size_key = "feed_forward_length" if architecture == "MixtralForCausalLM" else "expert_feed_forward_length"
+    return MoEConfig(
+        names=row.names,
+        num_experts=reader.integer("expert_count"),
+        num_experts_per_token=reader.integer("expert_used_count"),
+        intermediate_size=reader.integer(size_key),
+        shared_intermediate_size=reader.integer("expert_shared_feed_forward_length") if row.shared != "none" else 0,
+        has_shared_gate=row.shared_gate,
+        renormalize=architecture != "Qwen2MoeForCausalLM",
+    )
 
 
 def _rope(reader: _Metadata, default_theta: float, head_dim: int) -> RopeConfig:

@@ -11,7 +11,9 @@ from pathlib import Path
 from llmserve.errors import ModelLoadError
 from llmserve.json_fields import JsonFields, read_json
 from llmserve.models.architectures import ARCHITECTURES, Architecture, causal_name, find_architecture
+from llmserve.models.checkpoint_quantization import read_quantization
 from llmserve.models.config import Activation, ModelConfig, RopeConfig, yarn_magnitude
+from llmserve.models.moe import read_moe
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -59,7 +61,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         rope=rope,
         rope_local=rope_local,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", row.tied_by_default),
-        qkv_bias=fields.boolean("attention_bias", False) if row.qkv_bias is None else row.qkv_bias,
+        qkv_bias=fields.boolean("attention_bias", False) if row.qkv_bias is None else _qkv_bias(fields, row.qkv_bias),
         o_bias=fields.boolean("attention_bias", False) if row.o_bias is None else row.o_bias,
         mlp_bias=fields.boolean("mlp_bias", False) if row.mlp_bias is None else row.mlp_bias,
         qk_norm=row.qk_norm,
@@ -71,18 +73,20 @@ def config_from_folder(folder: Path) -> ModelConfig:
         embedding_scale=hidden_size**0.5 if row.gemma else 1.0,
         query_scale=(fields.number("query_pre_attn_scalar", 256.0) if row.gemma else head_dim) ** -0.5,
         activation=_activation(fields, row),
+        attention_sinks=row.attention_sinks,
+        moe=read_moe(architecture, fields, num_layers),
+        quantization=read_quantization(fields),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(folder, fields),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
     )
 
 
+def _qkv_bias(fields: JsonFields, has_bias: bool) -> bool:
+    return fields.boolean("qkv_bias", has_bias)  # a key of Qwen2-MoE's alone
+
+
 def _refuse_unsupported(fields: JsonFields) -> None:
-    if fields.has("quantization_config"):
-        method = fields.child("quantization_config").values.get("quant_method", "unknown")
-        raise ModelLoadError(
-            f"{fields.where}: weights quantised by {method!r} are not supported. Use the unquantised model or a GGUF."
-        )
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise ModelLoadError(f"{fields.where}: 'partial_rotary_factor' other than 1 is not supported.")
     if fields.boolean("use_bidirectional_attention", False):
@@ -118,7 +122,7 @@ def _eos_token_ids(folder: Path, fields: JsonFields) -> tuple[int, ...]:
 def _sliding_windows(fields: JsonFields, row: Architecture, num_layers: int) -> tuple[int, ...]:
     """The window of each layer, 0 for full attention."""
     window = fields.integer("sliding_window", 0, minimum=0)
-    if row.sliding == "none" or (row.sliding == "last" and not fields.boolean("use_sliding_window", False)):
+    if row.sliding == "none" or not fields.boolean("use_sliding_window", row.sliding != "last"):
         window = 0
     if row.sliding == "all" or not window:
         return (window,) * num_layers

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from llmserve.kernels.ops import AttentionMetadata, KVCache, LayerParameters, LinearWeight, Ops
+from llmserve.kernels.moe_ops import MoEOps, Routing
+from llmserve.kernels.ops import AttentionMetadata, KVCache, LayerParameters, LayerStack, LinearWeight, Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class Attention:
     scale: float
     sliding_window: int
     soft_cap: float
+    sinks: torch.Tensor | None  # float32 [h]
 
     def forward(self, x: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
         """x [t, hidden] -> [t, hidden]; writes this step's keys and values to the cache."""
@@ -32,8 +35,28 @@ class Attention:
         q = self.ops.rotary_and_cache(
             qkv, self.cos_sin, kv_cache, meta, self.num_heads, self.q_norm, self.k_norm, self.eps
         )
-        attended = self.ops.paged_attention(q, kv_cache, meta, self.scale, self.sliding_window, self.soft_cap)
+        attended = self.ops.paged_attention(
+            q, kv_cache, meta, self.scale, self.sliding_window, self.soft_cap, self.sinks
+        )
         return self.ops.linear(attended, self.o)
+
+
+class FeedForward(Protocol):
+    """The second half of a layer."""
+
+    @property
+    def linears(self) -> list[LinearWeight]:
+        """Its packed matrices."""
+        ...
+
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        """Its weights that are no matrices."""
+        ...
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [t, hidden] -> [t, hidden]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,18 +68,60 @@ class MLP:
     down: LinearWeight  # [hidden, intermediate]
     activation_and_mul: Callable[[torch.Tensor], torch.Tensor]
 
+    @property
+    def linears(self) -> list[LinearWeight]:
+        return [self.gate_up, self.down]
+
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        return []
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [t, hidden] -> [t, hidden]."""
         return self.ops.linear(self.activation_and_mul(self.ops.linear(x, self.gate_up)), self.down)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoE:
+    """A mixture of experts: each token's answer is the weighted sum of those of the experts its router chose, and of
+    the shared expert's, if there is one. A token's result does not depend on who shares its experts."""
+
+    ops: Ops
+    moe_ops: MoEOps
+    router: LinearWeight  # [experts, hidden]
+    routing: Routing
+    correction_bias: torch.Tensor | None  # float32 [experts]
+    gate_up: list[LinearWeight]  # of each expert, [2 * intermediate, hidden]
+    down: list[LinearWeight]  # [hidden, intermediate]
+    activation_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    shared: MLP | None
+    shared_gate: LinearWeight | None  # [1, hidden]
+
+    @property
+    def linears(self) -> list[LinearWeight]:
+        shared = self.shared.linears if self.shared is not None else []
+        gate = [self.shared_gate] if self.shared_gate is not None else []
+        return [self.router, *self.gate_up, *self.down, *shared, *gate]
+
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        return [] if self.correction_bias is None else [self.correction_bias]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.moe_ops.route(self.ops.linear(x, self.router, torch.float32), self.routing, self.correction_bias)
+        activated = self.activation_and_mul(self.moe_ops.grouped_linear(x[rows.source_rows], self.gate_up, rows))
+        out = self.moe_ops.grouped_linear(activated, self.down, rows)
+        shared = None if self.shared is None else self.shared.forward(x)
+        logits = None if self.shared_gate is None else self.ops.linear(x, self.shared_gate, torch.float32)
+        return self.moe_ops.combine_experts(out, rows, x.dtype, shared, logits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """Attention and MLP around a residual stream. Norm weights float32 [hidden]."""
+    """Attention and MLP or mixture around a residual stream. Norm weights float32 [hidden]."""
 
     ops: Ops
     attention: Attention
-    mlp: MLP
+    mlp: FeedForward
     attention_norm: torch.Tensor  # before attention; the model applies it, fused with the previous layer's residual
     mlp_norm: torch.Tensor
     post_attention_norm: torch.Tensor | None  # Gemma's: on what attention returns, before the residual
@@ -66,13 +131,15 @@ class DecoderLayer:
     @property
     def linears(self) -> list[LinearWeight]:
         """Its packed matrices."""
-        return [self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down]
+        return [self.attention.qkv, self.attention.o, *self.mlp.linears]
 
     @property
-    def norms(self) -> list[torch.Tensor]:
-        """The norm weights it has."""
-        optional = (self.attention.q_norm, self.attention.k_norm, self.post_attention_norm, self.post_mlp_norm)
-        return [self.attention_norm, self.mlp_norm, *(norm for norm in optional if norm is not None)]
+    def vectors(self) -> list[torch.Tensor]:
+        """Its weights that are no matrices: norms, mostly."""
+        attention = (self.attention.q_norm, self.attention.k_norm, self.attention.sinks)
+        optional = (*attention, self.post_attention_norm, self.post_mlp_norm)
+        here = [vector for vector in optional if vector is not None]
+        return [self.attention_norm, self.mlp_norm, *here, *self.mlp.vectors]
 
     def forward(
         self, normed: torch.Tensor, residual: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache
@@ -88,9 +155,11 @@ class DecoderLayer:
             out = self.ops.rms_norm(out, self.post_mlp_norm, self.eps)
         return out
 
-    def parameters(self) -> LayerParameters:
-        """What it is made of, for ops that compute whole layers."""
+    def parameters(self) -> LayerParameters | None:
+        """What it is made of, for ops that compute whole layers; None if those know no such layer."""
         attention, mlp = self.attention, self.mlp
+        if not isinstance(mlp, MLP) or attention.sinks is not None:
+            return None
         gelu = mlp.activation_and_mul == self.ops.gelu_and_mul
         assert gelu or mlp.activation_and_mul == self.ops.silu_and_mul
         return LayerParameters(
@@ -112,6 +181,13 @@ class DecoderLayer:
             sliding_window=attention.sliding_window,
             soft_cap=attention.soft_cap,
         )
+
+
+def stack_layers(ops: Ops, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, eps: float) -> LayerStack:
+    """As one op, if there is one for layers like these; else as one op after another."""
+    parameters = [known for layer in layers if (known := layer.parameters()) is not None]
+    fused = ops.fuse_layers(parameters, final_norm) if len(parameters) == len(layers) else None
+    return fused or DecoderLayers(ops, layers, final_norm, eps)
 
 
 class DecoderLayers:

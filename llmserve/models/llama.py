@@ -1,12 +1,15 @@
-"""The dense decoder: Llama, Mistral, SmolLM, Qwen2, Qwen3, Gemma 2 and 3. Knows no scheduler, no sampling, no files."""
+"""The decoder: Llama, Mistral, SmolLM, Qwen2, Qwen3, Gemma 2 and 3, and mixtures of experts built like them.
+
+Knows no scheduler, no sampling, no files.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LayerStack, LinearWeight, Ops
+from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, LinearWeight, Ops
 from llmserve.models.config import ModelConfig
-from llmserve.models.layers import DecoderLayer, DecoderLayers
+from llmserve.models.layers import DecoderLayer, stack_layers
 
 
 class LlamaModel:
@@ -29,9 +32,7 @@ class LlamaModel:
         self._embedding = embedding
         self._layers = layers
         self._final_norm = final_norm
-        self._stack: LayerStack = ops.fuse_layers(
-            [layer.parameters() for layer in layers], final_norm
-        ) or DecoderLayers(ops, layers, final_norm, config.rms_norm_eps)
+        self._stack = stack_layers(ops, layers, final_norm, config.rms_norm_eps)
         self._lm_head = lm_head
         # Rounded to the weights' type, as the Gemma models were trained.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
@@ -45,9 +46,9 @@ class LlamaModel:
     def nbytes(self) -> int:
         """Memory the weights take, norms included."""
         packed = [linear.nbytes for layer in self._layers for linear in layer.linears]
-        norms = [norm.nbytes for layer in self._layers for norm in layer.norms] + [self._final_norm.nbytes]
+        vectors = [vector.nbytes for layer in self._layers for vector in layer.vectors] + [self._final_norm.nbytes]
         head_bytes = 0 if self._lm_head is None else self._lm_head.nbytes
-        return self._embedding.nbytes + sum(packed) + head_bytes + sum(norms)
+        return self._embedding.nbytes + sum(packed) + head_bytes + sum(vectors)
 
     @property
     def device(self) -> torch.device:

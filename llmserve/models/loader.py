@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from llmserve.errors import ModelLoadError
+from llmserve.kernels.moe_ops import Routing
 from llmserve.kernels.ops import LinearWeight, Ops
-from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS
-from llmserve.models.config import ModelConfig, RopeConfig
-from llmserve.models.layers import MLP, Attention, DecoderLayer
+from llmserve.kernels.select import select_moe
+from llmserve.kernels.weight_formats import DENSE, row_bytes
+from llmserve.models.config import ModelConfig, MoEConfig, RopeConfig
+from llmserve.models.layers import MLP, Attention, DecoderLayer, MoE
 from llmserve.models.llama import LlamaModel
 from llmserve.models.parameters import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
     LinearParameter,
+    correction_bias_name,
     expected_tensors,
+    expert_prefix,
     layer_prefix,
     linear_parameters,
 )
 from llmserve.models.rope import build_cos_sin
 from llmserve.models.weights import WeightSource
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[int, int], None]  # bytes of the files read so far, bytes in all
 
 
@@ -104,7 +110,7 @@ class _ParameterReader:
         fmt = self._formats.get(name, DENSE)
         types = {self._source.types[f"{part}.weight"].lower() for part in linear.parts}
         bias = self.matrix([f"{part}.bias" for part in linear.parts]) if linear.has_bias else None
-        if fmt in GGUF_FORMATS and types == {fmt}:
+        if fmt != DENSE and types == {fmt}:
             return self._ops.pack_quantized(self._blocks(linear, fmt), fmt, bias)
         weight = dense if dense is not None else self.matrix([f"{part}.weight" for part in linear.parts])
         return self._ops.pack_linear(weight, bias, fmt)
@@ -112,9 +118,7 @@ class _ParameterReader:
     def _blocks(self, linear: LinearParameter, fmt: str) -> torch.Tensor:
         """Rows of blocks as in the file, uint8 [out, bytes of a row]."""
         names = [f"{part}.weight" for part in linear.parts]
-        weights, block_bytes = GGUF_FORMATS[fmt]
-        shape = (linear.out_features, linear.in_features // weights * block_bytes)
-        stacked = allocate(shape, torch.uint8, self._device)
+        stacked = allocate((linear.out_features, row_bytes(fmt, linear.in_features)), torch.uint8, self._device)
         for name, part in zip(names, torch.split(stacked, [self._source.shapes[n][0] for n in names]), strict=True):
             self._source.read_raw(name, part)
             self._report(name)
@@ -130,9 +134,13 @@ class _ParameterReader:
 
     def norm(self, name: str) -> torch.Tensor:
         """A norm's weight, float32: exact also where the file stores it minus one."""
-        weight = torch.empty(self._source.shapes[name], dtype=torch.float32, device=self._device)
-        self._read(name, weight)
-        return weight + self._norm_offset
+        return self.vector(name) + self._norm_offset
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A tensor in float32."""
+        vector = torch.empty(self._source.shapes[name], dtype=torch.float32, device=self._device)
+        self._read(name, vector)
+        return vector
 
     def _read(self, name: str, out: torch.Tensor) -> None:
         self._source.read(name, out)
@@ -177,22 +185,46 @@ def _load_layer(
         scale=config.query_scale,
         sliding_window=config.sliding_windows[layer],
         soft_cap=config.attention_soft_cap,
+        sinks=reader.vector(f"{prefix}self_attn.sinks") if config.attention_sinks else None,
     )
-    mlp = MLP(
-        ops=ops,
-        gate_up=reader.linear(f"{prefix}mlp.gate_up_proj"),
-        down=reader.linear(f"{prefix}mlp.down_proj"),
-        activation_and_mul=ops.silu_and_mul if config.activation == "silu" else ops.gelu_and_mul,
-    )
+    activation_and_mul = ops.silu_and_mul if config.activation == "silu" else ops.gelu_and_mul
+    moe = config.moe_of_layer(layer)
     # Hugging Face's "post_attention_layernorm" stands before the MLP, except where there are post-norms.
     mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     return DecoderLayer(
         ops=ops,
         attention=attention,
-        mlp=mlp,
+        mlp=_load_mlp(reader, ops, f"{prefix}mlp", activation_and_mul)
+        if moe is None
+        else _load_moe(reader, ops, layer, moe, activation_and_mul),
         attention_norm=reader.norm(f"{prefix}input_layernorm.weight"),
         mlp_norm=reader.norm(f"{prefix}{mlp_norm}.weight"),
         post_attention_norm=reader.norm(f"{prefix}post_attention_layernorm.weight") if config.post_norms else None,
         post_mlp_norm=reader.norm(f"{prefix}post_feedforward_layernorm.weight") if config.post_norms else None,
         eps=config.rms_norm_eps,
+    )
+
+
+def _load_mlp(reader: _ParameterReader, ops: Ops, name: str, activation_and_mul: Activation) -> MLP:
+    gate_up, down = reader.linear(f"{name}.gate_up_proj"), reader.linear(f"{name}.down_proj")
+    return MLP(ops=ops, gate_up=gate_up, down=down, activation_and_mul=activation_and_mul)
+
+
+def _load_moe(reader: _ParameterReader, ops: Ops, layer: int, moe: MoEConfig, activation_and_mul: Activation) -> MoE:
+    experts = [expert_prefix(layer, moe, expert) for expert in range(moe.num_experts)]
+    shared = f"{layer_prefix(layer)}{moe.shared_name}"
+    moe_ops, expert_activation = select_moe(ops), activation_and_mul
+    if moe.swiglu_limit:
+        expert_activation = partial(moe_ops.clamped_swiglu, alpha=moe.swiglu_alpha, limit=moe.swiglu_limit)
+    return MoE(
+        ops=ops,
+        moe_ops=moe_ops,
+        router=reader.linear(f"{layer_prefix(layer)}{moe.names.router}"),
+        routing=Routing(moe.num_experts_per_token, moe.scoring, moe.renormalize, moe.scale),
+        correction_bias=reader.vector(correction_bias_name(layer, moe)) if moe.has_correction_bias else None,
+        gate_up=[reader.linear(f"{expert}gate_up_proj") for expert in experts],
+        down=[reader.linear(f"{expert}down_proj") for expert in experts],
+        activation_and_mul=expert_activation,
+        shared=_load_mlp(reader, ops, shared, activation_and_mul) if moe.shared_intermediate_size else None,
+        shared_gate=reader.linear(f"{shared}_gate") if moe.has_shared_gate else None,
     )

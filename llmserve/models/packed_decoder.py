@@ -15,7 +15,8 @@ from llmserve.models.config import ModelConfig, read_model_config
 from llmserve.models.llama import LlamaModel
 from llmserve.models.parameters import LM_HEAD, check_tensors
 from llmserve.models.renamed_weights import RenamedWeights
-from llmserve.models.weights import SafetensorsWeights, WeightSource
+from llmserve.models.safetensors_weights import SafetensorsWeights
+from llmserve.models.weights import WeightSource
 
 _BLOCK_SIZE = 16
 _ROOTS = ("embed_tokens.", "layers.", "norm.")  # of checkpoints saved without the language model's head

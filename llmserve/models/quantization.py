@@ -27,8 +27,8 @@ def quantization_choices(types: Iterable[str], supported: Iterable[str]) -> tupl
 
 
 def native_types(types: Iterable[str], supported: Iterable[str]) -> list[str]:
-    """The quantised types among `types` that are computed as they lie in the file."""
-    formats = GGUF_FORMATS.keys() & set(supported)
+    """The quantised types among `types` that are computed as they lie in the file: GGUF's blocks and int8 rows."""
+    formats = {*GGUF_FORMATS, INT8} & set(supported)
     return sorted({name for name in types if name.lower() in formats})
 
 
@@ -62,14 +62,14 @@ def choose_formats(
     """`LinearParameter.name` -> its format. `types` is of every tensor, `quantization` one that was resolved.
 
     With "gguf" a matrix whose blocks no kernel computes, or whose parts differ, becomes q8_0; with "q8_0" one whose
-    rows are not whole blocks stays dense. The log says so.
+    rows are not whole blocks stays dense. The log says so. Routers are always dense.
     """
     formats = set(supported)
     chosen: dict[str, str] = {}
     replaced: Counter[str] = Counter()
     for matrix in linear_parameters(config):
-        wanted = quantization
-        if quantization == "gguf":
+        wanted = "none" if matrix.is_small else quantization
+        if wanted == "gguf":
             parts = {types[f"{part}.weight"] for part in matrix.parts}
             wanted = _block_format(parts, formats)
             if wanted == Q8_0 and parts != {"Q8_0"}:
@@ -95,5 +95,6 @@ def describe_formats(config: ModelConfig, formats: Mapping[str, str]) -> str:
     """For people, most weights first: "q4_1, q8_0"."""
     weights: Counter[str] = Counter()
     for matrix in linear_parameters(config):
-        weights[formats[matrix.name]] += matrix.out_features * matrix.in_features
+        if not matrix.is_small:
+            weights[formats[matrix.name]] += matrix.out_features * matrix.in_features
     return ", ".join(name for name, _ in weights.most_common())

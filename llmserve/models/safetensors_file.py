@@ -17,13 +17,12 @@ from llmserve.errors import ModelLoadError
 from llmserve.json_fields import read_json
 
 _INDEX = "model.safetensors.index.json"
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_BUFFER_DTYPE = "I64"  # position ids, which old checkpoints of encoders carry, are no weights
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsTensor:
-    """Where one tensor lies. `dtype` is the format's own name, one of F64, F32, F16, BF16."""
+    """Where one tensor lies. `dtype` is the format's own name: "BF16", "I32"."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +34,7 @@ class SafetensorsTensor:
 class SafetensorsFile:
     """An open safetensors file, mapped into memory.
 
-    Raises ModelLoadError for a file that is truncated or damaged, or holds weights of other types than floating-point.
+    Raises ModelLoadError for a file that is truncated or damaged, or holds types that no model we know has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +57,7 @@ class SafetensorsFile:
             raise ModelLoadError(f"{path} is damaged: its header is not JSON ({error}).") from error
         if not isinstance(header, dict):
             raise ModelLoadError(f"{path} is damaged: its header is not a JSON object.")
-        self.tensors = {name: self._locate(name, entry) for name, entry in header.items() if not _is_other(name, entry)}
+        self.tensors = {name: self._locate(name, entry) for name, entry in header.items() if name != "__metadata__"}
 
     def _locate(self, name: str, entry: Any) -> SafetensorsTensor:
         try:
@@ -82,10 +81,6 @@ class SafetensorsFile:
                 f"the file at {len(self.buffer)}. Fetch it again."
             )
         return SafetensorsTensor(name, shape, dtype, self._data_start + start, nbytes)
-
-
-def _is_other(name: str, entry: Any) -> bool:
-    return name == "__metadata__" or (isinstance(entry, dict) and entry.get("dtype") == _BUFFER_DTYPE)
 
 
 def open_shards(folder: Path) -> list[SafetensorsFile]:

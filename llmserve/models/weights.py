@@ -17,35 +17,12 @@ import torch
 from llmserve.errors import ModelLoadError
 from llmserve.gguf_file import TensorInfo, read_gguf
 from llmserve.models.config import ModelConfig
+from llmserve.models.gguf_names import hugging_face_name, split_experts
 from llmserve.models.parameters import check_tensors
-from llmserve.models.safetensors_file import SafetensorsFile, SafetensorsTensor, open_shards
+from llmserve.models.quantized_weights import QuantizedWeights
+from llmserve.models.safetensors_weights import SafetensorsWeights, StoredTensors
 
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DEQUANTISE_ELEMENTS = 1 << 22  # dequantised to float32 at once: 16 MiB
-
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_GGUF_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_GGUF_NORM_NAMES = {"post_attention_layernorm": "ffn_norm"}
-_GGUF_POST_NORM_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 
 
 class WeightSource(Protocol):
@@ -73,37 +50,15 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
 
     Raises ModelLoadError, naming file and tensor, for what is damaged, missing, misshapen or not known to the model.
     """
-    source: WeightSource = SafetensorsWeights(path) if path.is_dir() else GgufWeights(path, config)
+    source = _open_folder(path, config) if path.is_dir() else GgufWeights(path, config)
     check_tensors(config, source.shapes, source.where)
     return source
 
 
-class SafetensorsWeights:
-    """The safetensors files of a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.where = str(folder)
-        self._tensors: dict[str, tuple[SafetensorsFile, SafetensorsTensor]] = {}
-        for file in open_shards(folder):
-            for name, tensor in file.tensors.items():
-                self._tensors[name] = (file, tensor)
-        self.shapes = {name: tensor.shape for name, (_, tensor) in self._tensors.items()}
-        self.types = {name: tensor.dtype for name, (_, tensor) in self._tensors.items()}
-
-    def nbytes(self, name: str) -> int:
-        return self._tensors[name][1].nbytes
-
-    def read(self, name: str, out: torch.Tensor) -> None:
-        file, tensor = self._tensors[name]
-        dtype = _TORCH_DTYPES[tensor.dtype]
-        count = tensor.nbytes // dtype.itemsize
-        source = torch.frombuffer(file.buffer, dtype=dtype, count=count, offset=tensor.offset)
-        out.copy_(source.view(tensor.shape))
-
-    def read_raw(self, name: str, out: torch.Tensor) -> None:
-        file, tensor = self._tensors[name]
-        source = torch.frombuffer(file.buffer, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
-        out.copy_(source.view(out.shape))
+def _open_folder(path: Path, config: ModelConfig) -> WeightSource:
+    if config.quantization is None:
+        return SafetensorsWeights(path, config.moe)
+    return QuantizedWeights(StoredTensors(path, config.moe), config.quantization)
 
 
 class GgufWeights:
@@ -114,10 +69,16 @@ class GgufWeights:
         file = read_gguf(path)
         self._buffer = file.map()
         self._config = config
-        self._tensors = {_hugging_face_name(tensor.name, config): tensor for tensor in file.tensors.values()}
+        self._tensors = {
+            hugging_face_name(tensor.name, config): tensor
+            for stored in file.tensors.values()
+            for tensor in split_experts(stored)
+        }
         # Part of the configuration: see `RopeConfig.freq_factors`.
         self._tensors.pop("rope_freqs.weight", None)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        if config.moe is not None and config.moe.has_shared_gate:  # a matrix of one row, which GGUF has as a vector
+            self.shapes |= {n: (1, *s) for n, s in self.shapes.items() if n.endswith("shared_expert_gate.weight")}
         self.types = {name: tensor.type_name for name, tensor in self._tensors.items()}
         # llama.cpp rotates neighbouring elements for this architecture: its converter has reordered q's and k's rows.
         self._is_permuted = file.metadata.get("general.architecture") == "llama"
@@ -173,17 +134,3 @@ class GgufWeights:
             return None
         num_heads = self._config.num_heads if "q_proj" in name else self._config.num_kv_heads
         return torch.arange(tensor.shape[0]).view(num_heads, 2, -1).transpose(1, 2).flatten()
-
-
-def _hugging_face_name(gguf_name: str, config: ModelConfig) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; an unknown name stays as it is."""
-    stem, _, kind = gguf_name.rpartition(".")
-    layer_names = _GGUF_LAYER_NAMES | (_GGUF_POST_NORM_NAMES if config.post_norms else _GGUF_NORM_NAMES)
-    layer = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
-    names, part, prefix = (
-        (layer_names, layer[2], f"model.layers.{layer[1]}.") if layer is not None else (_GGUF_NAMES, stem, "")
-    )
-    for hugging_face, ggml in names.items():
-        if ggml == part:
-            return f"{prefix}{hugging_face}.{kind}"
-    return gguf_name

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from llmserve.errors import ModelLoadError
 from llmserve.gguf_file import is_gguf, read_gguf
+from llmserve.json_fields import read_json
 from llmserve.kernels.weight_formats import ALL_FORMATS
+from llmserve.models.checkpoint_quantization import read_quantization
 from llmserve.models.quantization import quantization_choices
 from llmserve.repository import embedded
 from llmserve.repository.cache import Progress, folder_bytes, no_progress
@@ -90,6 +92,16 @@ def _gguf_quantizations(path: Path) -> tuple[str, ...]:
     return quantization_choices({tensor.type_name for tensor in tensors}, ALL_FORMATS)
 
 
+def _folder_quantizations(folder: Path) -> tuple[tuple[str, ...], str]:
+    """What `--quantization` may be, and how its matrices are packed, if they are; () if that cannot be read."""
+    try:
+        packed = read_quantization(read_json(folder / "config.json"))
+    except ModelLoadError as error:
+        return (), error.message
+    own = packed.block_type if packed is not None else None
+    return quantization_choices([own] if own is not None else [], ALL_FORMATS), "" if packed is None else f"{packed}."
+
+
 def _local(path: Path, name: str) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -143,8 +155,10 @@ def _hub_cache() -> Iterator[ModelListing]:
             continue
         for revision in sorted(repository.revisions, key=lambda revision: -revision.last_modified)[:1]:
             if is_loadable(revision.snapshot_path):
-                choices = quantization_choices((), ALL_FORMATS)
-                yield ModelListing("hub", repository.repo_id, revision.snapshot_path, repository.size_on_disk, choices)
+                choices, packed = _folder_quantizations(revision.snapshot_path)
+                yield ModelListing(
+                    "hub", repository.repo_id, revision.snapshot_path, repository.size_on_disk, choices, packed
+                )
             for path in sorted(revision.snapshot_path.glob("*.gguf")):
                 name = f"{repository.repo_id}/{path.name}"
                 yield ModelListing("hub", name, path, path.stat().st_size, _gguf_quantizations(path))

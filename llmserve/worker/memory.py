@@ -120,9 +120,18 @@ def _num_blocks(config: EngineConfig, most_useful: int, block_bytes: int, left: 
 def _activation_bytes(model: ModelConfig, budget: int, num_sampled: int, dtype: torch.dtype) -> int:
     """The widest moment of a layer for a full step, and the logits of a full batch with what sampling makes of them."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    width = 4 * model.hidden_size + 2 * heads + 3 * model.intermediate_size
+    width = 4 * model.hidden_size + 2 * heads + max(3 * model.intermediate_size, _mixture_width(model))
     logits = _LOGITS_COPIES * num_sampled * model.vocab_size * 4
     return budget * width * dtype.itemsize + logits
+
+
+def _mixture_width(model: ModelConfig) -> int:
+    """A token's numbers in a mixture: a copy of it for each of its experts, what they make of it, and their sum."""
+    moe = model.moe
+    if moe is None:
+        return 0
+    routed = moe.num_experts_per_token * (3 * model.hidden_size + 3 * moe.intermediate_size) + 2 * model.hidden_size
+    return routed + 3 * moe.shared_intermediate_size + 4 * moe.num_experts
 
 
 def _too_small(

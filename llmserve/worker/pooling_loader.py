@@ -19,7 +19,7 @@ from llmserve.models.loader import load_model
 from llmserve.models.packed_decoder import PackedDecoder, open_decoder
 from llmserve.models.pooling import DenseLayer, Head, Pooler
 from llmserve.models.quantization import choose_formats
-from llmserve.models.weights import SafetensorsWeights
+from llmserve.models.safetensors_weights import SafetensorsWeights
 from llmserve.pooling_config import PoolingConfig, encoder_stem
 from llmserve.pooling_modules import DenseConfig
 from llmserve.worker.loader import choose_device, cpu_computes_bf16

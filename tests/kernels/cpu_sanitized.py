@@ -31,7 +31,7 @@ def run_attention(ops: CPUOps, dtype: torch.dtype) -> None:
     norm = torch.ones(48)
     q = ops.rotary_and_cache(qkv, torch.randn(total, 48), cache, meta, 6, norm, norm, 1e-6)
     for window in (0, 33):
-        ops.paged_attention(q, cache, meta, 0.1, window, 5.0)
+        ops.paged_attention(q, cache, meta, 0.1, window, 5.0, torch.randn(6))
     decode = AttentionMetadata(
         torch.tensor([0, 1], dtype=torch.int32),
         meta.seq_lens[:1],

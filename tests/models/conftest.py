@@ -17,6 +17,7 @@ from llmserve.models.weights import open_weights
 
 SMALL = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "num_hidden_layers": 3}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 # name -> (transformers' config class, what it differs in). head_dim is never hidden / heads where it may be chosen;
 # windows and original contexts are shorter than the sequences, so that sliding and stretching happen.
@@ -85,6 +86,45 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             },
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}),
+    "qwen2moe": (
+        "Qwen2Moe",
+        MOE | {"num_experts": 5, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1], "qkv_bias": True},
+    ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        MOE
+        | {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 24,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        MOE
+        | {"n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1, "head_dim": 24}
+        | {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": None},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 24,
+            "sliding_window": 6,
+            "swiglu_limit": 1.5,  # low enough to clamp
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1.5e5,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+        },
+    ),
 }
 
 
@@ -99,6 +139,9 @@ def build_transformers_model(family: str, **changes: object) -> transformers.Pre
         # Matrices outweigh embeddings: else a random model repeats its last token for ever.
         spread = 0.5 if parameter.dim() == 1 else 0.1 if "embed" in name else 0.3
         parameter.data = spread * torch.randn(parameter.shape, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model.eval()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import gguf
 import numpy as np
+import torch
 
 Q = gguf.GGMLQuantizationType
 NAMES = {
@@ -21,6 +24,17 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+NAMES |= {
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "experts.gate_proj": "ffn_gate_exps",
+    "experts.up_proj": "ffn_up_exps",
+    "experts.down_proj": "ffn_down_exps",
 }
 GEMMA_NAMES = NAMES | {
     "post_attention_layernorm": "post_attention_norm",
@@ -42,6 +56,21 @@ def permute(values: np.ndarray, num_heads: int) -> np.ndarray:
     """llama.cpp's convert_hf_to_gguf.py: rows of a head from halves to neighbouring pairs."""
     rows = values.shape[0]
     return values.reshape(num_heads, 2, rows // num_heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def stack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices of all experts of a layer as one tensor [e, out, in]."""
+    mixtral = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    stacked: dict[str, list[torch.Tensor]] = {}
+    out = {}
+    for name in sorted(tensors, key=lambda name: [int(t) if t.isdigit() else t for t in name.split(".")]):
+        match = re.fullmatch(r"(model\.layers\.\d+)\..*experts\.\d+\.(\w+)\.weight", name)
+        if match is None:
+            out[name] = tensors[name]
+        else:
+            part = f"{match[1]}.experts.{mixtral.get(match[2], match[2])}.weight"
+            stacked.setdefault(part, []).append(tensors[name])
+    return out | {name: torch.stack(experts) for name, experts in stacked.items()}
 
 
 def write_gguf(
@@ -77,7 +106,14 @@ def write_gguf(
     writer.add_eos_token_id(2)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
-    for name, tensor in tensors.items():
+    num_experts = getattr(config, "num_local_experts", getattr(config, "num_experts", 0))
+    if num_experts:
+        writer.add_expert_count(num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    for name, tensor in stack_experts(tensors).items():
         values = tensor.numpy()
         if arch == "llama" and ".q_proj." in name:
             values = permute(values, config.num_attention_heads)
@@ -86,7 +122,10 @@ def write_gguf(
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
         kind = next((kind for part, kind in (exceptions or {}).items() if part in name), quantisation)
-        kind = kind if values.ndim == 2 else Q.F32
+        if name.endswith("shared_expert_gate.weight"):
+            values = values[0]
+        is_matrix = values.ndim > 1 and "mlp.gate." not in name and "moe.gate." not in name
+        kind = kind if is_matrix else Q.F32
         writer.add_tensor(gguf_name(name, arch), gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -122,7 +122,7 @@ def test_yarn_attention_factor(read):
         ({"head_dim": 15}, ["15"]),
         ({"dtype": "int8"}, ["int8", "bfloat16"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["awq"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["bitsandbytes"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         ({"rope_scaling": [1]}, ["rope_scaling"]),
@@ -148,8 +148,9 @@ def test_no_config(tmp_path):
 def test_counts_equal_transformers(tiny):
     _, theirs, folder = tiny
     config = read_model_config(folder)
-    assert count_parameters(config) == theirs.num_parameters()
-    norms = sum(p.numel() for name, p in theirs.named_parameters() if "norm" in name)
+    corrections = sum(b.numel() for name, b in theirs.named_buffers() if "correction_bias" in name)
+    assert count_parameters(config) == theirs.num_parameters() + corrections
+    norms = sum(p.numel() for name, p in theirs.named_parameters() if "norm" in name or "sinks" in name)
     tied = theirs.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
     assert sum(
         matrix.out_features * (matrix.in_features + matrix.has_bias) for matrix in linear_parameters(config)

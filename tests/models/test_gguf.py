@@ -16,7 +16,7 @@ from llmserve.gguf_file import GGML_TYPES, read_gguf
 from llmserve.kernels.cpu.ops import create_cpu_ops
 from llmserve.kernels.weight_formats import GGUF_FORMATS
 from llmserve.models.config import RopeConfig, read_model_config
-from llmserve.models.quantization import choose_formats
+from llmserve.models.quantization import choose_formats, describe_formats
 from llmserve.models.weights import open_weights
 from tests.models.gguf_writer import write_gguf
 
@@ -27,6 +27,17 @@ FAMILIES = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {"head_dim": 32}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama-mixtral": ("Mixtral", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2moe": (
+        "Qwen2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 64},
+    ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+        | {"norm_topk_prob": True},
+    ),
     "gemma2": (
         "Gemma2",
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "tie_word_embeddings": True},
@@ -170,7 +181,7 @@ class TestDamage:
 
 
 @pytest.mark.parametrize("quantisation", [Q.Q8_0, Q.Q4_0, Q.Q4_1])
-@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "qwen3", "llama-mixtral", "qwen2moe"])
 class TestBlocks:
     """Matrices kept as they lie in the file."""
 
@@ -178,7 +189,8 @@ class TestBlocks:
         """llama.cpp's order of q's and k's rows is undone in blocks as it is in numbers."""
         _, path = pair(case, quantisation)
         source = open_weights(path, read_model_config(path))
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
+        down = {"llama-mixtral": "block_sparse_moe.experts.2.w2", "qwen2moe": "mlp.experts.3.down_proj"}
+        for name in ("self_attn.q_proj", "self_attn.k_proj", down.get(case, "mlp.down_proj")):
             name = f"model.layers.1.{name}.weight"
             assert source.types[name] == quantisation.name
             raw = torch.empty(source.shapes[name][0], source.nbytes(name) // source.shapes[name][0], dtype=torch.uint8)
@@ -197,14 +209,15 @@ class TestBlocks:
         _, path = pair(case, quantisation)
         config = read_model_config(path)
         formats = choose_formats(config, open_weights(path, config).types, "gguf", ops.weight_formats)
-        assert set(formats.values()) == {quantisation.name.lower()}
+        assert describe_formats(config, formats) == quantisation.name.lower()
         reports = []
         model = load(path, ops=ops, formats=formats, progress=lambda *counts: reports.append(counts))
         assert reports[-1][0] == reports[-1][1]
         expected = driver_class(load(path)).step({0: prompt})[0]
         found = driver_class(model, ops, block_size=16).step({0: prompt})[0]
         error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert 0 < error.max() < 0.2  # swapped rows make it more than 1
+        # Swapped rows make it more than 1; so may a token's rounding that chooses another expert, but only its own.
+        assert 0 < (error.max() if config.moe is None else error.median()) < 0.2
 
 
 def test_parts_of_different_types_are_quantised_anew(pair, tmp_path, load, driver_class, prompt, build_model, caplog):

@@ -1,0 +1,250 @@
+"""The published layouts of packed matrices, and what each number in them means. Knows tensors, not files or names.
+
+Whatever the layout, a matrix is read as rows of w = (value - zero point) * scale, a scale for a group of inputs. From
+that it becomes plain numbers, or blocks of our own formats where these say the same: int8 rows exactly, Q4_0 and Q8_0
+too as long as fp16 holds the scale, Q4_1 but for the product of scale and zero point, which is rounded to fp16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmserve.errors import ModelLoadError
+from llmserve.models.checkpoint_quantization import CheckpointQuantization
+
+BLOCK = 32  # inputs of a block of Q4_0, Q4_1 and Q8_0
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each four bits of a word are of
+# Twice the values of E2M1, so that they are whole: the sign is the highest of four bits.
+_MXFP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_WORD_TENSORS = {"gptq": "qweight", "awq": "qweight", "packed": "weight_packed", "mxfp4": "weight_blocks"}
+# The tensors that a layout's own stands beside; a question mark: it may be absent.
+_COMPANIONS = {
+    "gptq": ("qzeros", "scales", "g_idx?"),
+    "awq": ("qzeros", "scales"),
+    "packed": ("weight_scale", "weight_shape", "weight_zero_point?", "weight_g_idx?"),
+    "int": ("weight_scale", "weight_zero_point?"),
+    "float": ("weight_scale?", "weight_scale_inv?"),
+    "mxfp4": ("weight_scales",),
+}
+# How activations or a cache were rounded when the checkpoint was made: our kernels have their own way.
+IGNORED_SUFFIXES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
+
+
+def word_tensor(quantization: CheckpointQuantization) -> str:
+    """The last part of the name of the tensor by which a packed matrix is known."""
+    return _WORD_TENSORS.get(quantization.layout, "weight")
+
+
+def companions(quantization: CheckpointQuantization) -> dict[str, bool]:
+    """The tensors beside it: name -> whether it must be there."""
+    return {name.rstrip("?"): not name.endswith("?") for name in _COMPANIONS[quantization.layout]}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some outputs of a matrix, g groups of inputs."""
+
+    values: torch.Tensor  # [n, in], whole numbers; of fp8, float32
+    zeros: torch.Tensor  # [n, g] or [1, 1], whole numbers
+    scales: torch.Tensor  # float32 [n, g]
+
+
+class PackedMatrix:
+    """One [out, in] matrix in its file. `type_name` is the format of ours it can become as it lies, by its name in
+    `weight_formats` in capitals, or else what it is: "F8_E4M3", "W4", "W8"."""
+
+    def __init__(self, where: str, tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization) -> None:
+        """`where` names file and matrix; `tensors` by the last part of their names. Raises ModelLoadError."""
+        self._where = where
+        self._tensors = tensors
+        self._quantization = quantization
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.shape = _shape(tensors, quantization)
+        self._check_shapes()
+        self._group_of = self._group_index()
+        self.type_name = self._type_name()
+
+    def read(self, out: torch.Tensor, part: slice) -> None:
+        """The outputs `part` as numbers: out [n, in] of any float type."""
+        rows = self._rows(part)
+        zeros = rows.zeros if rows.zeros.shape[1] == 1 else rows.zeros[:, self._group_of]
+        scales = rows.scales if rows.scales.shape[1] == 1 else rows.scales[:, self._group_of]
+        out.copy_((rows.values - zeros) * scales)
+
+    def read_raw(self, out: torch.Tensor, part: slice) -> None:
+        """The outputs `part` in the format `type_name`: out uint8 [n, bytes of a row]."""
+        rows = self._rows(part)
+        count = len(rows.values)
+        if self.type_name == "INT8":
+            scales = rows.scales.expand(count, 1).contiguous().view(torch.uint8)
+            out.copy_(torch.cat((scales, rows.values.to(torch.int8).view(torch.uint8)), dim=1))
+            return
+        groups = self._group_of[::BLOCK]  # of each block
+        scales = rows.scales[:, groups] if rows.scales.shape[1] > 1 else rows.scales.expand(count, len(groups))
+        zeros = rows.zeros[:, groups] if rows.zeros.shape[1] > 1 else rows.zeros.expand(count, len(groups))
+        values = rows.values.view(count, -1, BLOCK)
+        factors = [scales.half()]
+        if self.type_name == "Q8_0":
+            quants = (values - zeros[..., None]).to(torch.int8).view(torch.uint8)
+        else:
+            nibbles = values.to(torch.uint8)
+            quants = nibbles[:, :, : BLOCK // 2] | nibbles[:, :, BLOCK // 2 :] << 4
+        if self.type_name == "Q4_1":
+            factors.append((-zeros * scales).half())
+        elif self.type_name == "Q4_0" and not bool((zeros == 8).all()):
+            raise ModelLoadError(f"{self._where}: zero points other than 8, but the configuration says symmetric.")
+        packed = torch.stack(factors, dim=-1).contiguous().view(torch.uint8).view(count, len(groups), -1)
+        out.copy_(torch.cat((packed, quants), dim=2).view(out.shape))
+
+    def _check_shapes(self) -> None:
+        (rows, columns), quantization = self.shape, self._quantization
+        per_word = 32 // quantization.bits
+        groups = -(-columns // (quantization.group_size or columns))
+        by_row: set[tuple[int, ...]] = {(rows, groups), (rows,), (1,), ()} if groups == 1 else {(rows, groups)}
+        by_tile = by_row
+        if quantization.block_size is not None:
+            by_tile = {(-(-rows // quantization.block_size[0]), -(-columns // quantization.block_size[1]))}
+        expected: dict[str, set[tuple[int, ...]]] = {
+            "qzeros": {(groups, rows // per_word)},
+            "scales": {(groups, rows)},
+            "g_idx": {(columns,)},
+            "weight_g_idx": {(columns,)},
+            "weight_packed": {(rows, -(-columns // per_word))},
+            "weight_scale": by_tile,
+            "weight_scale_inv": by_tile,
+            "weight_zero_point": {(-(-rows // per_word), groups)} if quantization.layout == "packed" else by_row,
+            "weight_scales": {(rows, columns // BLOCK)},
+        }
+        for name, tensor in self._tensors.items():
+            if name in expected and tuple(tensor.shape) not in expected[name]:
+                raise ModelLoadError(
+                    f"{self._where}: {name!r} has the shape {list(tensor.shape)}, but {quantization} of a matrix "
+                    f"[{rows}, {columns}] needs {' or '.join(str(list(shape)) for shape in sorted(expected[name]))}."
+                )
+
+    def _rows(self, part: slice) -> Rows:
+        return _ROWS[self._quantization.layout](self._tensors, self._quantization, part)
+
+    def _group_index(self) -> torch.Tensor:
+        """int64 [in]: the group of each input."""
+        stored = self._tensors.get("g_idx", self._tensors.get("weight_g_idx"))
+        columns = torch.arange(self.shape[1])
+        if stored is not None and not bool((stored < 0).any()):
+            return stored.long()
+        if self._quantization.block_size is not None:
+            return columns // self._quantization.block_size[1]
+        return columns // (self._quantization.group_size or self.shape[1])
+
+    def _type_name(self) -> str:
+        quantization = self._quantization
+        kind = quantization.block_type
+        if kind == "INT8":
+            return kind
+        in_order = self.shape[1] % BLOCK == 0 and bool(
+            (self._group_of.view(-1, BLOCK) == self._group_of[::BLOCK, None]).all()
+        )
+        if kind is not None and in_order:
+            return kind
+        return "F8_E4M3" if quantization.layout == "float" else f"W{quantization.bits}"
+
+
+def _unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """int32 words [a, b] -> int16, several times as many along `dim`; the lowest bits are the first number."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = shifts[:, None] if dim == 0 else shifts
+    numbers = (words.unsqueeze(dim + 1) >> shifts) & ((1 << bits) - 1)
+    return numbers.flatten(dim, dim + 1).to(torch.int16)
+
+
+def _gptq_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
+    """qweight [in / n, out] and qzeros [groups, out / n], n numbers a word; scales [groups, out]."""
+    bits = quantization.bits
+    values = _unpack(tensors["qweight"][:, part], bits, 0).T
+    # A zero point of 0 is stored as -1, which is the largest number.
+    zeros = (_unpack(tensors["qzeros"], bits, 1)[:, part].T + quantization.zero_offset) & ((1 << bits) - 1)
+    return Rows(values, zeros, tensors["scales"][:, part].T.float())
+
+
+def _awq_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
+    """qweight [in, out / 8] and qzeros [groups, out / 8], outputs in AutoAWQ's order; scales [groups, out]."""
+    words = slice(part.start // 8, -(-part.stop // 8))
+    order = torch.tensor(_AWQ_ORDER).argsort()
+
+    def unpack(name: str) -> torch.Tensor:
+        numbers = _unpack(tensors[name][:, words], 4, 1)
+        return numbers.view(len(numbers), -1, 8)[:, :, order].flatten(1).T
+
+    return Rows(unpack("qweight"), unpack("qzeros"), tensors["scales"][:, part].T.float())
+
+
+def _packed_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
+    """weight_packed [out, in / n], weight_scale [out, groups], weight_zero_point [out / n, groups]; numbers are signed
+    ones plus 2^(bits - 1)."""
+    bits = quantization.bits
+    in_features = int(tensors["weight_shape"][1])
+    values = _unpack(tensors["weight_packed"][part], bits, 1)[:, :in_features]
+    zeros = torch.full((1, 1), 1 << (bits - 1), dtype=torch.int16)
+    if "weight_zero_point" in tensors:
+        zeros = _unpack(tensors["weight_zero_point"], bits, 0)[part]
+    return Rows(values, zeros, _row_scales(tensors["weight_scale"], part))
+
+
+def _int_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
+    """weight int8 [out, in], weight_scale [out, 1] or of one number; weight_zero_point likewise."""
+    zeros = torch.zeros((1, 1), dtype=torch.int16)
+    if "weight_zero_point" in tensors:
+        zeros = _row_scales(tensors["weight_zero_point"], part).to(torch.int16)
+    return Rows(tensors["weight"][part].to(torch.int16), zeros, _row_scales(tensors["weight_scale"], part))
+
+
+def _float_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
+    """weight fp8 [out, in]; a scale for all, for an output [out, 1], or for a tile [out / a, in / b]."""
+    scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+    assert scales is not None
+    if quantization.block_size is not None:
+        scales = scales.float()[torch.arange(part.start, part.stop) // quantization.block_size[0]]
+    else:
+        scales = _row_scales(scales, part)
+    return Rows(tensors["weight"][part].float(), torch.zeros((1, 1)), scales)
+
+
+def _mxfp4_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
+    """weight_blocks uint8 [out, in / 32, 16], two E2M1 numbers a byte, the lower bits first; weight_scales uint8
+    [out, in / 32], exponents of two plus 127 (OCP Microscaling Formats 1.0)."""
+    packed = tensors["weight_blocks"][part].long()
+    doubled = torch.tensor(_MXFP4_DOUBLED, dtype=torch.int16)
+    values = torch.stack((doubled[packed & 15], doubled[packed >> 4]), dim=-1).flatten(1)
+    scales = torch.exp2(tensors["weight_scales"][part].float() - 128)
+    return Rows(values, torch.zeros((1, 1), dtype=torch.int16), scales)
+
+
+def _row_scales(scales: torch.Tensor, part: slice) -> torch.Tensor:
+    """float32 [n, g] of what is stored for each output, or [1, 1] of what is stored once."""
+    return scales.float().view(1, 1) if scales.numel() == 1 else scales[part].float().view(part.stop - part.start, -1)
+
+
+_Reader = Callable[[Mapping[str, torch.Tensor], CheckpointQuantization, slice], Rows]
+_ROWS: dict[str, _Reader] = {
+    "gptq": _gptq_rows,
+    "awq": _awq_rows,
+    "packed": _packed_rows,
+    "int": _int_rows,
+    "float": _float_rows,
+    "mxfp4": _mxfp4_rows,
+}
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization) -> tuple[int, int]:
+    """(out, in) of the matrix."""
+    if quantization.layout == "packed":
+        out_features, in_features = tensors["weight_shape"].tolist()
+        return out_features, in_features
+    rows, columns = tensors[word_tensor(quantization)].shape[:2]
+    if quantization.layout == "gptq":
+        return columns, rows * 32 // quantization.bits
+    if quantization.layout == "awq":
+        return columns * 8, rows
+    return rows, columns * (BLOCK if quantization.layout == "mxfp4" else 1)

@@ -1,0 +1,321 @@
+"""Quantised Hugging Face folders, packed here by their published layouts: numbers, blocks, whole models, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmserve.config import EngineConfig
+from llmserve.errors import ModelLoadError
+from llmserve.kernels.cpu.build import find_compiler
+from llmserve.models.config import read_model_config
+from llmserve.models.weights import open_weights
+from llmserve.worker.loader import prepare_model
+from tests.models import checkpoint_packers as packers
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GROUP = 32
+
+
+def ct(layout: str, bits: int, strategy: str, *, activations: bool = False, **weights: object) -> dict[str, object]:
+    """compressed-tensors' quantization_config."""
+    kind = "float" if layout == "float-quantized" else "int"
+    scheme: dict[str, object] = {"targets": ["Linear"], "input_activations": {"num_bits": 8} if activations else None}
+    scheme["weights"] = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True} | weights
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+    }
+
+
+# name -> (quantization_config, the format its matrices are kept in)
+CASES: dict[str, tuple[dict[str, object], str]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}, "Q4_0"),
+    "gptq-asym": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False}, "Q4_1"),
+    "gptq-v2": (
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "checkpoint_format": "gptq_v2"},
+        "Q4_1",
+    ),
+    "gptq-act-order": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": True}, "W4"),
+    "gptq-8": ({"quant_method": "gptq", "bits": 8, "group_size": GROUP, "sym": True}, "Q8_0"),
+    "gptq-8-asym": ({"quant_method": "gptq", "bits": 8, "group_size": GROUP, "sym": False}, "W8"),
+    "gptq-channel": ({"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}, "Q4_0"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, "Q4_1"),
+    "w4a16": (ct("pack-quantized", 4, "group", group_size=GROUP), "Q4_0"),
+    "w4a16-asym": (ct("pack-quantized", 4, "group", group_size=GROUP, symmetric=False), "Q4_1"),
+    "w4a16-act-order": (ct("pack-quantized", 4, "group", group_size=GROUP, actorder="group"), "W4"),
+    "w8a16": (ct("pack-quantized", 8, "channel"), "Q8_0"),
+    "w8a8": (ct("int-quantized", 8, "channel", activations=True), "INT8"),
+    "w8a8-asym": (ct("int-quantized", 8, "channel", activations=True, symmetric=False), "W8"),
+    "fp8-channel": (ct("float-quantized", 8, "channel", activations=True), "F8_E4M3"),
+    "fp8-tensor": (ct("float-quantized", 8, "tensor", activations=True), "F8_E4M3"),
+    "fp8-block": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 40]}, "F8_E4M3"),
+    "fp8-plain": ({"quant_method": "fp8", "activation_scheme": "static"}, "F8_E4M3"),
+}
+
+
+def pack(case: str, weight: torch.Tensor, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of a packed matrix of weight's shape, and the plain matrix they mean."""
+    config = CASES[case][0]
+    (rows, columns), method = weight.shape, config["quant_method"]
+    if case.startswith("fp8"):
+        return pack_float(case, weight)
+    weights = config["config_groups"]["group_0"]["weights"] if method == "compressed-tensors" else config
+    symmetric = weights.get("symmetric", weights.get("sym", False))
+    bits, group = weights.get("bits", weights.get("num_bits")), weights.get("group_size", -1)
+    group = columns if group == -1 else group
+    values, scales, zeros = packers.random_integers((rows, columns), bits, group, seed, symmetric)
+    group_of = torch.arange(columns) // group
+    if case.endswith("act-order"):
+        group_of = group_of[torch.randperm(columns, generator=torch.Generator().manual_seed(seed))]
+    expected = packers.plain(values, scales, zeros, group_of)
+    if method == "gptq":
+        offset = 0 if case == "gptq-v2" else 1
+        return packers.gptq(values, scales, zeros, bits, group_of, offset), expected
+    if method == "awq":
+        return packers.awq(values, scales, zeros), expected
+    if config["format"] == "pack-quantized":
+        order = group_of if case.endswith("act-order") else None
+        return packers.pack_quantized(values, scales, zeros, bits, symmetric, order), expected
+    tensors = {"weight": (values - 128).to(torch.int8), "weight_scale": scales}
+    if not symmetric:
+        tensors["weight_zero_point"] = (zeros - 128).to(torch.int8)
+    return tensors, expected
+
+
+def pack_float(case: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    if case == "fp8-block":
+        rows, columns = weight.shape
+        scales = torch.rand(-(-rows // 48), -(-columns // 40), generator=torch.Generator().manual_seed(1)) * 0.01 + 1e-3
+        full = scales.repeat_interleave(48, 0)[:rows].repeat_interleave(40, 1)[:, :columns]
+        quantised, expected = packers.fp8(weight, full)
+        return {"weight": quantised, "weight_scale_inv": scales}, expected
+    scales = weight.abs().amax(dim=1, keepdim=True) / 448 if case == "fp8-channel" else weight.abs().max().view(1) / 448
+    scales = scales.bfloat16()
+    quantised, expected = packers.fp8(weight, scales.float())
+    extra = {"input_scale": torch.ones(1)} if case == "fp8-plain" else {}
+    return {"weight": quantised, "weight_scale": scales, **extra}, expected
+
+
+def build_folder(case: str, folder: Path, model) -> dict[str, torch.Tensor]:
+    """Saves `model` with packed matrices; returns the plain tensors that they mean."""
+    model.save_pretrained(folder)
+    tensors, meaning = {}, {}
+    for index, (name, tensor) in enumerate(load_file(folder / "model.safetensors").items()):
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in MATRICES and name.endswith(".weight"):
+            packed, meaning[name] = pack(case, tensor, index)
+            tensors |= {f"{module}.{part}": value for part, value in packed.items()}
+        else:
+            tensors[name] = meaning[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": CASES[case][0]}
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return meaning
+
+
+@pytest.fixture(scope="module", params=CASES)
+def packed(request, tmp_path_factory, build_model):
+    """(case, a folder with packed matrices, a folder of what they mean)."""
+    folder, plain = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("plain")
+    model = build_model("Qwen2", intermediate_size=160, head_dim=16)
+    meaning = build_folder(request.param, folder, model)
+    model.save_pretrained(plain)
+    save_file(meaning, plain / "model.safetensors")
+    return request.param, folder, plain
+
+
+def test_the_numbers_are_those_that_were_packed(packed, load, driver_class, prompt):
+    _, folder, plain = packed
+    source, expected = open_weights(folder, read_model_config(folder)), load_file(plain / "model.safetensors")
+    assert source.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    for name, tensor in expected.items():
+        out = torch.empty_like(tensor)
+        source.read(name, out)
+        torch.testing.assert_close(out, tensor, atol=0, rtol=1e-6, msg=name)
+    found, wanted = (driver_class(load(path)).step({0: prompt})[0] for path in (folder, plain))
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
+def test_blocks_hold_the_same_numbers(packed):
+    """What can be kept as it lies is known by its type; the `gguf` package reads it back."""
+    case, folder, plain = packed
+    source, expected = open_weights(folder, read_model_config(folder)), load_file(plain / "model.safetensors")
+    name, kind = "model.layers.1.mlp.down_proj.weight", CASES[case][1]
+    assert source.types[name] == kind
+    if kind.startswith(("W", "F")):
+        return
+    rows, columns = source.shapes[name]
+    row_bytes = 4 + columns if kind == "INT8" else columns // 32 * {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    raw = torch.empty(rows, row_bytes, dtype=torch.uint8)
+    source.read_raw(name, raw)
+    if kind == "INT8":
+        found = raw[:, 4:].contiguous().view(torch.int8).float() * raw[:, :4].contiguous().view(torch.float32)
+    else:
+        found = torch.from_numpy(gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind]))
+    exact = kind != "Q4_1"  # whose fp16 minimum is a rounded product
+    torch.testing.assert_close(found, expected[name], atol=0 if exact else 2.5e-4, rtol=1e-6 if exact else 0)
+
+
+@needs_compiler
+def test_such_a_folder_simply_runs(packed, driver_class, prompt):
+    case, folder, plain = packed
+    prepared = prepare_model(EngineConfig(model=str(folder), device="cpu", kv_cache_memory=2**20, num_threads=1))
+    kind = CASES[case][1]
+    own = kind.lower() if not kind.startswith(("W", "F")) else "q8_0"
+    assert prepared.plan.weight_format in (own, f"{own}, dense")  # the head is not packed
+    runner = prepared.load()
+    assert runner.model.nbytes == prepared.plan.weight_bytes
+    exact = prepare_model(
+        EngineConfig(model=str(plain), device="cpu", kv_cache_memory=2**20, num_threads=1, dtype="float32")
+    )
+    found, expected = (
+        driver_class(each.load().model, each.ops, block_size=16).step({0: prompt})[0] for each in (prepared, exact)
+    )
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert 0 < error.max() < 0.1  # bf16, and activations of 8 bits
+
+
+@needs_compiler
+def test_dense_on_request(packed, driver_class, prompt):
+    _, folder, _ = packed
+    config = EngineConfig(
+        model=str(folder), device="cpu", kv_cache_memory=2**20, num_threads=1, quantization="none", dtype="bfloat16"
+    )
+    assert prepare_model(config).plan.weight_format == "dense"
+
+
+def test_large_matrices_are_read_in_slices(packed, monkeypatch):
+    _, folder, plain = packed
+    monkeypatch.setattr("llmserve.models.quantized_weights._SLICE_ELEMENTS", 100)  # 32 rows at a time
+    source, expected = open_weights(folder, read_model_config(folder)), load_file(plain / "model.safetensors")
+    for name in ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        out = torch.empty_like(expected[name])
+        source.read(name, out)
+        torch.testing.assert_close(out, expected[name], atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["awq", "w8a8", "fp8-block"])
+def test_experts_are_packed_one_by_one(case, tmp_path, build_model, load, driver_class, prompt):
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    model = build_model("Qwen3Moe", **changes)
+    meaning = build_folder(case, tmp_path, model)
+    found = driver_class(load(tmp_path)).step({0: prompt})[0]
+    save_file(meaning, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(found, driver_class(load(tmp_path)).step({0: prompt})[0], atol=1e-3, rtol=0)
+
+
+def test_gpt_oss_as_it_is_published(tmp_path, build_model, load, driver_class, prompt):
+    """Experts in mxfp4, gate's and up's rows alternating; kept as q8_0, which holds their numbers exactly."""
+    model = build_model("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=9)
+    state, tensors = model.state_dict(), {}
+    for index, (name, tensor) in enumerate(state.items()):
+        if not name.endswith(("gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor
+            continue
+        shape = (tensor.shape[0], tensor.shape[2], tensor.shape[1])  # [e, out, in]
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"], numbers = packers.mxfp4(shape, index)
+        tensor.copy_(numbers.transpose(1, 2))
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "packed")
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    expected = driver_class(load(tmp_path / "plain")).step({0: prompt})[0]
+    torch.testing.assert_close(
+        driver_class(load(tmp_path / "packed")).step({0: prompt})[0], expected, atol=1e-4, rtol=0
+    )
+
+    source = open_weights(tmp_path / "packed", read_model_config(tmp_path / "packed"))
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    assert source.types[name] == "Q8_0"
+    raw, dense = torch.empty(source.shapes[name][0], 2 * 34, dtype=torch.uint8), torch.empty(source.shapes[name])
+    source.read_raw(name, raw)
+    source.read(name, dense)
+    blocks = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    assert torch.equal(torch.from_numpy(blocks), dense)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, tmp_path, build_model):
+        build_folder("gptq", tmp_path, build_model("Llama"))
+        return tmp_path
+
+    def configure(self, folder: Path, quantization: dict[str, object]) -> None:
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    @pytest.mark.parametrize(
+        ("quantization", "words"),
+        [
+            ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes", "awq, compressed-tensors, fp8"]),
+            ({"quant_method": "gptq", "bits": 3, "group_size": 128}, ["bits", "3", "4, 8"]),
+            ({"quant_method": "gptq", "group_size": 128}, ["bits", "missing"]),
+            ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, ["checkpoint_format", "marlin"]),
+            ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*down.*": {}}}, ["dynamic"]),
+            ({"quant_method": "awq", "bits": 4, "version": "gemv"}, ["version", "gemv", "'gemm'"]),
+            ({"quant_method": "awq", "bits": 4, "zero_point": False}, ["zero_point"]),
+            ({"quant_method": "fp8", "fmt": "e5m2"}, ["fmt", "e5m2"]),
+            ({"quant_method": "fp8", "weight_block_size": [128]}, ["weight_block_size", "two positive integers"]),
+            (ct("nvfp4-pack-quantized", 4, "group"), ["format", "nvfp4-pack-quantized", "pack-quantized"]),
+            (ct("marlin-24", 4, "group"), ["marlin-24"]),
+            (ct("pack-quantized", 3, "group"), ["num_bits", "3"]),
+            (ct("int-quantized", 8, "group"), ["strategy", "group"]),
+            (ct("pack-quantized", 4, "group") | {"config_groups": {"a": {}, "b": {}}}, ["config_groups", "'a', 'b'"]),
+            (ct("pack-quantized", 4, "group") | {"sparsity_config": {"format": "sparse-24"}}, ["sparsity_config"]),
+        ],
+    )
+    def test_what_is_not_read_is_named(self, folder, quantization, words):
+        self.configure(folder, quantization)
+        with pytest.raises(ModelLoadError) as caught:
+            read_model_config(folder)
+        for word in ["config.json", *words]:
+            assert word in caught.value.message
+
+    def change(self, folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+        tensors = load_file(folder / "model.safetensors") | ({name: tensor} if tensor is not None else {})
+        if tensor is None:
+            del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    @pytest.mark.parametrize(
+        ("part", "tensor", "words"),
+        [
+            ("scales", None, ["o_proj.scales", "missing beside", "gptq (4 bits, groups of 32)"]),
+            ("scales", torch.ones(3, 64).half(), ["o_proj", "'scales'", "[3, 64]", "[2, 64]"]),
+            ("qzeros", torch.ones(2, 4, dtype=torch.int32), ["'qzeros'", "[2, 8]"]),
+            ("qweight", torch.ones(4, 64, dtype=torch.int32), ["'qzeros'", "a matrix [64, 32]"]),
+        ],
+    )
+    def test_damaged_parts_are_named(self, folder, load, part, tensor, words):
+        self.change(folder, f"model.layers.0.self_attn.o_proj.{part}", tensor)
+        with pytest.raises(ModelLoadError) as caught:
+            load(folder)
+        for word in [str(folder), *words]:
+            assert word in caught.value.message
+
+    def test_zero_points_that_are_not_symmetric(self, folder):
+        self.change(folder, "model.layers.0.self_attn.o_proj.qzeros", torch.ones(2, 8, dtype=torch.int32))
+        source = open_weights(folder, read_model_config(folder))
+        with pytest.raises(ModelLoadError, match=r"o_proj.*zero points other than 8"):
+            source.read_raw("model.layers.0.self_attn.o_proj.weight", torch.empty(64, 36, dtype=torch.uint8))
+
+    def test_packed_numbers_without_a_configuration(self, folder, load):
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelLoadError, match=r"type I32.*quantization_config"):
+            load(folder)
