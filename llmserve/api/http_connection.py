@@ -66,6 +66,8 @@ class LimitedConnection(HttpToolsProtocol):
         self._writing: TimerHandle | None = None
         self._num_header_bytes = 0
         self._in_headers = False
+        self._in_body = False
+        self._only_headers = True  # of the piece being read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection; one too many is told so, and closed."""
@@ -86,9 +88,10 @@ class LimitedConnection(HttpToolsProtocol):
         """Counts what comes before the end of the headers: the parser would take them without end."""
         if self.transport.is_closing():
             return
-        if self._in_headers or self._reading is not None:
-            self._num_header_bytes += len(data) if self._in_headers else 0
+        self._only_headers = not self._in_body
         super().data_received(data)
+        if self._in_headers and self._only_headers:  # a piece that holds the end of a body as well is not counted
+            self._num_header_bytes += len(data)
         if self._in_headers and self._num_header_bytes > self._limits.max_header_bytes:
             limit = self._limits.max_header_bytes
             self._refuse(431, f"The request's headers are larger than the limit of {limit} bytes.", "headers_too_large")
@@ -108,6 +111,7 @@ class LimitedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The body follows."""
         self._in_headers = False
+        self._in_body = True
         self._stop_reading()
         if self._limits.body_timeout_s:
             self._reading = self.loop.call_later(self._limits.body_timeout_s, self._body_late)
@@ -115,6 +119,7 @@ class LimitedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All is here."""
+        self._in_body = self._only_headers = False
         self._stop_reading()
         super().on_message_complete()
 
