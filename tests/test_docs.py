@@ -51,6 +51,11 @@ def test_python_examples_compile() -> None:
         compile(block, "README.md", "exec")
 
 
+def test_the_readme_shows_the_example_as_it_is() -> None:
+    example = (ROOT / "examples" / "rag.py").read_text()
+    assert example.partition('"""\n\n')[2] in blocks("python")
+
+
 def test_toml_examples_hold_known_settings() -> None:
     assert blocks("toml")
     for block in blocks("toml"):
