@@ -17,7 +17,7 @@ TEXTS = [
     "The swimming pool is heated from May to September.",
     "Bus 42 goes from the station to the swimming pool every ten minutes.",
 ]
-QUESTION = "How many books can I borrow from the library?"
+QUESTION = "How many books does the library lend to a reader?"
 
 llm = openai.OpenAI(base_url=f"{URL}/v1", api_key="none")
 co = cohere.ClientV2(api_key="none", base_url=URL)
@@ -26,7 +26,7 @@ near = [sum(a * b for a, b in zip(vectors[0], vector, strict=True)) for vector i
 found = sorted(range(len(TEXTS)), key=lambda i: -near[i])[:3]
 ranked = co.rerank(model=EMBEDDING, query=QUESTION, documents=[TEXTS[i] for i in found], top_n=1)
 context = TEXTS[found[ranked.results[0].index]]
-prompt = f"{context}\n\nAnswer from this text alone: {QUESTION}"
+prompt = f"{context} {QUESTION}"
 chat = llm.chat.completions.create(model=CHAT, messages=[{"role": "user", "content": prompt}], temperature=0)
 print(context)
 print(chat.choices[0].message.content)
