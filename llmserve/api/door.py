@@ -6,7 +6,6 @@ are added later are behind it without knowing it.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmserve.api.deadline import Deadline
 from llmserve.api.errors import error_body, error_response
 from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
 from llmserve.api.http_metrics import DIRECT_SEND
@@ -87,16 +87,16 @@ class Door:
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         """Raises DeadlineExceededError once the request's time is up; whatever it had started has been left then."""
         context = answer.context
-        timer = asyncio.timeout(None)
+        deadline = Deadline()
         try:
-            async with timer:
-                context.on_deadline = timer.reschedule
+            with deadline:
+                context.on_deadline = deadline.move
                 timeout_s = _timeout_s(headers) or self._request_timeout_s
                 if timeout_s:
                     context.limit_time(timeout_s)
                 await self._app(scope, receive, answer.send)
         except TimeoutError:
-            if not timer.expired():
+            if not deadline.passed:
                 raise
             assert context.deadline_s is not None
             allowed_s = context.deadline_s - context.arrival_s

@@ -68,6 +68,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._in_headers = False
         self._in_body = False
+        self._is_only_headers = False  # what is being parsed: no other request's bytes are in it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection; one too many is told so, and closed."""
@@ -89,9 +90,10 @@ class LimitedConnection(HttpToolsProtocol):
         then has its time from here."""
         if self.transport.is_closing():
             return
-        if self._in_headers:
-            self._num_header_bytes += len(data)
+        self._is_only_headers = not self._in_body
         super().data_received(data)
+        if self._in_headers and self._is_only_headers:
+            self._num_header_bytes += len(data)
         if self._in_headers and self._num_header_bytes > self._limits.max_header_bytes:
             limit = self._limits.max_header_bytes
             self._refuse(431, f"The request's headers are larger than the limit of {limit} bytes.", "headers_too_large")
@@ -119,7 +121,7 @@ class LimitedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All is here."""
-        self._in_body = False
+        self._in_body = self._is_only_headers = False
         self._stop_reading()
         super().on_message_complete()
 
