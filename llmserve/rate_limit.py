@@ -57,6 +57,8 @@ class RateLimits:
     def headers(self, now_s: float) -> list[tuple[bytes, bytes]]:
         """`x-ratelimit-*` as OpenAI writes them, for the buckets that have a limit."""
         headers: list[tuple[bytes, bytes]] = []
+        if not (self.requests.per_minute or self.tokens.per_minute):
+            return headers
         for name, bucket in ((b"requests", self.requests), (b"tokens", self.tokens)):
             if bucket.per_minute:
                 remaining = max(int(bucket.remaining(now_s)), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
 
 from llmserve import __version__
 from llmserve.api import chat, completions, docs_page, status, tokens
@@ -25,7 +26,7 @@ from llmserve.api.protocol import (
 from llmserve.api.resume import ResumableStreams
 from llmserve.api.settings import ApiSettings
 from llmserve.api.triton_metrics import GeneralModelMetrics
-from llmserve.api.v2_http import install_v2_http
+from llmserve.api.v2_http import V2Http
 from llmserve.api.v2_openapi import describe_v2
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.metrics import Metrics
@@ -40,11 +41,27 @@ def create_app(
     plane: DataPlane | None = None,
     pooling: PoolingDirectory | None = None,
     entrance: Entrance | None = None,
-) -> FastAPI:
+) -> ASGIApp:
     """The application over the models served now, which may change under it. `plane` is what `/v2` speaks for.
 
-    `entrance` is what stands before every route; without one, it is that of a server without keys.
+    `entrance` is what stands before every route; without one, it is that of a server without keys. Behind it come the
+    routes of `/v2`, which answer past the framework and its middleware, and then all others.
     """
+    app: ASGIApp = create_routes(models, settings, metrics, plane, pooling)
+    if plane is not None:
+        limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
+        app = V2Http(app, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
+    return (entrance or Entrance()).wrap(app)
+
+
+def create_routes(
+    models: ModelDirectory,
+    settings: ApiSettings,
+    metrics: Metrics,
+    plane: DataPlane | None = None,
+    pooling: PoolingDirectory | None = None,
+) -> FastAPI:
+    """Every route but those of `/v2`, unguarded, and the OpenAPI document of all."""
     app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
     pooling = pooling or NoPoolingModels()
     context = ApiContext(
@@ -62,18 +79,10 @@ def create_app(
     add_pooling_routes(app, context)
     _add_status_routes(app, context)
     if plane is not None:
-        _add_v2(app, plane, settings, metrics)
-    (entrance or Entrance()).install(app)  # last, so that it stands before all the others
+        general_metrics = GeneralModelMetrics(plane)
+        metrics.register(general_metrics, general_metrics.render)
+        describe_v2(app)
     return app
-
-
-def _add_v2(app: FastAPI, plane: DataPlane, settings: ApiSettings, metrics: Metrics) -> None:
-    """The Open Inference Protocol: answered before everything else, by a plain ASGI endpoint."""
-    general_metrics = GeneralModelMetrics(plane)
-    metrics.register(general_metrics, general_metrics.render)
-    limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
-    install_v2_http(app, plane, limits, metrics.http, COHERE_PATHS)
-    describe_v2(app)
 
 
 def _add_model_routes(app: FastAPI, context: ApiContext) -> None:

@@ -6,15 +6,15 @@ are added later are behind it without knowing it.
 
 from __future__ import annotations
 
-import asyncio
+import random
 import time
-import uuid
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmserve.api.deadline import Deadline
 from llmserve.api.errors import error_body, error_response
 from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
 from llmserve.api.http_metrics import DIRECT_SEND
@@ -74,26 +74,29 @@ class Door:
                 self._on_end(context)
 
     def _admit(self, scope: Scope, headers: Headers) -> Tenant:
-        key = bearer_key(
-            headers.get(b"authorization", b"").decode("latin-1"),
-            headers.get(b"x-api-key", b"").decode("latin-1"),
-            headers.get(b"api-key", b"").decode("latin-1"),
-        )
-        return self._gatekeeper.admit(key, http_scope(scope["path"]), is_local=_is_local(scope, headers))
+        if self._gatekeeper.keys is None:
+            key = None
+        else:
+            key = bearer_key(
+                headers.get(b"authorization", b"").decode("latin-1"),
+                headers.get(b"x-api-key", b"").decode("latin-1"),
+                headers.get(b"api-key", b"").decode("latin-1"),
+            )
+        return self._gatekeeper.admit(key, http_scope(scope["path"]), lambda: _is_local(scope, headers))
 
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         """Raises DeadlineExceededError once the request's time is up; whatever it had started has been left then."""
         context = answer.context
-        timer = asyncio.timeout(None)
+        deadline = Deadline()
         try:
-            async with timer:
-                context.on_deadline = timer.reschedule
+            with deadline:
+                context.on_deadline = deadline.move
                 timeout_s = _timeout_s(headers) or self._request_timeout_s
                 if timeout_s:
                     context.limit_time(timeout_s)
                 await self._app(scope, receive, answer.send)
         except TimeoutError:
-            if not timer.expired():
+            if not deadline.passed:
                 raise
             assert context.deadline_s is not None
             allowed_s = context.deadline_s - context.arrival_s
@@ -141,10 +144,10 @@ class _Answer:
         context = self.context
         context.status = message["status"]
         headers = list(message["headers"])
-        names = {name.lower(): value for name, value in headers}
+        names = dict(headers)  # in lower case, as ASGI has them
         self._is_stream = names.get(b"content-type", b"").startswith(b"text/event-stream")
         if self._keeps_id:
-            headers = [pair for pair in headers if pair[0].lower() != b"x-request-id"]
+            headers = [pair for pair in headers if pair[0] != b"x-request-id"]
         if self._keeps_id or b"x-request-id" not in names:
             headers.append((b"x-request-id", context.request_id.encode()))
         if context.traceparent:
@@ -163,7 +166,7 @@ def _request_id(headers: Headers) -> str:
     if given and given.isascii() and given.isprintable() and len(given) <= _MAX_ID_CHARS:
         return given
     headers.pop(b"x-request-id", None)
-    return f"req-{uuid.uuid4().hex}"
+    return f"req-{random.getrandbits(128):032x}"  # a name, no secret
 
 
 def _timeout_s(headers: Headers) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -47,23 +46,24 @@ class Entrance:
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
-    def install(self, app: Starlette) -> None:
-        """Puts the door before everything that `app` has so far."""
-        app.add_middleware(
-            Door,
+    def wrap(self, app: ASGIApp) -> ASGIApp:
+        """`app` behind the door: the only way to it."""
+        guarded: ASGIApp = Door(
+            app,
             gatekeeper=self._gatekeeper,
             request_timeout_s=self._config.request_timeout_s,
             on_begin=self._begin,
             on_end=self._end,
         )
         if self._config.cors_origin:  # before the door: a preflight carries no key
-            app.add_middleware(
-                CORSMiddleware,
+            guarded = CORSMiddleware(
+                guarded,
                 allow_origins=list(self._config.cors_origin),
                 allow_methods=["GET", "POST"],
                 allow_headers=list(_CORS_HEADERS),
                 expose_headers=list(_CORS_EXPOSED),
             )
+        return guarded
 
     def grpc_door(self) -> GrpcDoor:
         """The interceptor before all others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Callable
 
 from llmserve.api.scopes import ADMIN, ANY, OPEN
 from llmserve.api_keys import ApiKeys
@@ -23,12 +24,15 @@ class Gatekeeper:
         """The keys in force; None where none are asked for."""
         return self._keys
 
-    def admit(self, key: str | None, scope: str, *, is_local: bool) -> Tenant:
-        """Who asks. `is_local`: surely from this machine. Raises UnauthorizedError, ForbiddenError, RateLimitError."""
+    def admit(self, key: str | None, scope: str, is_local: Callable[[], bool]) -> Tenant:
+        """Who asks. `is_local`: whether surely from this machine; asked only where that matters.
+
+        Raises UnauthorizedError, ForbiddenError, RateLimitError.
+        """
         if scope == OPEN:
             return EVERYONE
         if self._keys is None:
-            if scope == ADMIN and not is_local:
+            if scope == ADMIN and not is_local():
                 raise ForbiddenError(
                     "Without API keys, this is open to clients on the server's own machine only. "
                     "Start the server with --api-keys, and ask with a key that has the scope 'admin'."

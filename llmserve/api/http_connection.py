@@ -1,7 +1,8 @@
 """One HTTP connection with limits in time and number: uvicorn's, which has none. Knows no route.
 
 Who sends too slowly, or reads too slowly, is let go: a stream is never buffered for a client that does not read it. The
-timers are started by events of the connection (its first byte, a full socket), so a token costs none of them anything.
+timers are started by what is not complete yet (headers, a body, a full socket): a request that comes in one piece, or a
+token, costs none of them anything.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._in_headers = False
         self._in_body = False
-        self._only_headers = True  # of the piece being read
+        self._is_only_headers = False  # what is being parsed: no other request's bytes are in it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection; one too many is told so, and closed."""
@@ -85,16 +86,22 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Counts what comes before the end of the headers: the parser would take them without end."""
+        """Counts what comes before the end of the headers: the parser would take them without end. What is incomplete
+        then has its time from here."""
         if self.transport.is_closing():
             return
-        self._only_headers = not self._in_body
+        self._is_only_headers = not self._in_body
         super().data_received(data)
-        if self._in_headers and self._only_headers:  # a piece that holds the end of a body as well is not counted
+        if self._in_headers and self._is_only_headers:
             self._num_header_bytes += len(data)
         if self._in_headers and self._num_header_bytes > self._limits.max_header_bytes:
             limit = self._limits.max_header_bytes
             self._refuse(431, f"The request's headers are larger than the limit of {limit} bytes.", "headers_too_large")
+        elif (self._in_headers or self._in_body) and self._reading is None and not self.transport.is_closing():
+            if self._in_headers:
+                self._await_headers()
+            else:
+                self._await_body()
 
     def send_400_response(self, msg: str) -> None:
         """In the shape of every other error."""
@@ -105,21 +112,16 @@ class LimitedConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._num_header_bytes = 0
         self._in_headers = True
-        if self._reading is None:  # else it runs since the connection was made
-            self._await_headers()
 
     def on_headers_complete(self) -> None:
         """The body follows."""
-        self._in_headers = False
-        self._in_body = True
+        self._in_headers, self._in_body = False, True
         self._stop_reading()
-        if self._limits.body_timeout_s:
-            self._reading = self.loop.call_later(self._limits.body_timeout_s, self._body_late)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """All is here."""
-        self._in_body = self._only_headers = False
+        self._in_body = self._is_only_headers = False
         self._stop_reading()
         super().on_message_complete()
 
@@ -137,6 +139,10 @@ class LimitedConnection(HttpToolsProtocol):
     def _await_headers(self) -> None:
         if self._limits.header_timeout_s:
             self._reading = self.loop.call_later(self._limits.header_timeout_s, self._headers_late)
+
+    def _await_body(self) -> None:
+        if self._limits.body_timeout_s:
+            self._reading = self.loop.call_later(self._limits.body_timeout_s, self._body_late)
 
     def _headers_late(self) -> None:
         self._reading = None

@@ -71,8 +71,9 @@ class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no
     def admit(self, method: str, metadata: dict[str, str], peer: str) -> Tenant:
         """Raises UnauthorizedError, ForbiddenError, RateLimitError."""
         key = bearer_key(metadata.get("authorization", ""), metadata.get("x-api-key", ""))
-        is_local = _is_local_peer(peer) and "x-forwarded-for" not in metadata
-        return self._gatekeeper.admit(key, grpc_scope(method), is_local=is_local)
+        return self._gatekeeper.admit(
+            key, grpc_scope(method), lambda: _is_local_peer(peer) and "x-forwarded-for" not in metadata
+        )
 
     def began(self, context: RequestContext, traceparent: str) -> None:
         """A call is here."""

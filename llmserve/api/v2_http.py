@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
 
-from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmserve.api import v2_http_admin as admin
@@ -61,20 +60,9 @@ _SHARED_MEMORY: dict[str, Methods] = {
 _NO_METHODS: Methods = {}
 
 
-def install_v2_http(
-    app: Starlette,
-    plane: DataPlane,
-    settings: V2HttpSettings,
-    metrics: HttpMetrics | None = None,
-    others: Collection[str] = (),
-) -> None:
-    """Answers everything under `/v2` before `app`'s own middleware and routes. `metrics` counts requests by route;
-    `others` are paths under `/v2` that are not the protocol's, and the application's own."""
-    app.add_middleware(V2Http, plane=plane, settings=settings, metrics=metrics, others=others)
-
-
 class V2Http:
-    """An ASGI application that passes on what is not under `/v2`."""
+    """An ASGI application that passes on what is not under `/v2`. `metrics` counts requests by route; `others` are
+    paths under `/v2` that are not the protocol's, and the application's own."""
 
     def __init__(
         self,

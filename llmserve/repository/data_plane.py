@@ -269,11 +269,13 @@ class DataPlane:
         return not self._repository.has(name) and any(llm.name == name for llm in self._llms())
 
     def _find(self, name: str, version: int | None) -> Servable:
-        if not self._repository.has(name):
+        model = self._repository.get(name)
+        if model is None:
             for llm in self._llms():
                 if llm.name == name and version in (None, llm.version):
                     return llm
-        return self._repository.find(name).find(version)
+            model = self._repository.find(name)
+        return model.find(version)
 
     def _serving(self, name: str) -> Sequence[Servable]:
         if not self._repository.has(name):

@@ -104,13 +104,17 @@ class ModelRepository:
 
     def has(self, name: str) -> bool:
         """Whether a model of that name was ever asked to load."""
+        return self.get(name) is not None
+
+    def get(self, name: str) -> ModelLifecycle | None:
+        """The model of that name; None for one that was never asked to load."""
         model = self._models.get(name)
-        return model is not None and model.loaded_once
+        return model if model is not None and model.loaded_once else None
 
     def find(self, name: str) -> ModelLifecycle:
         """The model of that name. Raises InferenceError (not found) for one that was never asked to load."""
-        model = self._models.get(name)
-        if model is None or not model.loaded_once:
+        model = self.get(name)
+        if model is None:
             raise InferenceError(f"Request for unknown model: '{name}' is not found", InferenceError.NOT_FOUND)
         return model
 

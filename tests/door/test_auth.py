@@ -11,7 +11,7 @@ import httpx
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from llmserve.api.app import create_app
+from llmserve.api.app import create_routes
 from llmserve.api.gatekeeper import Gatekeeper, is_loopback
 from llmserve.api.scopes import ADMIN, INFER, OPEN, grpc_scope, http_scope
 from llmserve.api.settings import ApiSettings
@@ -49,7 +49,7 @@ def plane() -> DataPlane:
 
 
 def openapi_routes() -> list[tuple[str, str]]:
-    app = create_app(Directory([ScriptedModel("m", Script())]), ApiSettings(), Metrics())
+    app = create_routes(Directory([ScriptedModel("m", Script())]), ApiSettings(), Metrics())
     paths = app.openapi()["paths"].items()
     return [(method.upper(), path.replace("{model_id}", "m")) for path, methods in paths for method in methods]
 

@@ -20,7 +20,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from llmserve.api.app import create_app
+from llmserve.api.app import create_routes
 from llmserve.api.settings import ApiSettings
 from llmserve.chat_template import ChatTemplate
 from llmserve.config import DoorConfig
@@ -176,7 +176,7 @@ def exchange(port: int, sent: bytes) -> bytes:
     return received
 
 
-schema = schemathesis.openapi.from_dict(create_app(Directory([]), ApiSettings(), Metrics()).openapi())
+schema = schemathesis.openapi.from_dict(create_routes(Directory([]), ApiSettings(), Metrics()).openapi())
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from llmserve.api.v2_grpc import GrpcServer
-from llmserve.api.v2_http import install_v2_http
+from llmserve.api.v2_http import V2Http
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.repository.data_plane import DataPlane
 from llmserve.repository.model_repository import ModelRepository
@@ -61,8 +61,7 @@ def serve_v2(
         repository = ModelRepository(settings, opener)
         plane = DataPlane(repository, version="0.0")
         server = V2Server(repository, plane, asyncio.get_running_loop())
-        app = Starlette()
-        install_v2_http(app, plane, http_settings or V2HttpSettings())
+        app = V2Http(Starlette(), plane=plane, settings=http_settings or V2HttpSettings())
         http = uvicorn.Server(
             uvicorn.Config(app, http="httptools", lifespan="off", log_config=None, timeout_graceful_shutdown=1)
         )
