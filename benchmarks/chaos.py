@@ -29,6 +29,8 @@ import httpx
 import openai
 import psutil
 
+from llmserve.engine.launch import PROCESS_NAME
+
 MODEL = "smollm2-135m-instruct"
 STALL_TIMEOUT_S = 2.0
 START_S = 120.0
@@ -109,7 +111,7 @@ class Server:
         found = []
         for child in self.info.children():
             with contextlib.suppress(psutil.Error):
-                if "llmserve.engine.process" in child.cmdline():
+                if child.name() == PROCESS_NAME or "llmserve.engine.process" in child.cmdline():
                     found.append(child)
         return found
 

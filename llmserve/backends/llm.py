@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from llmserve.backends.admission import Admission, AdmissionLimits
 from llmserve.backends.generation import GenerationSpec, SamplingDefaults
 from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
-from llmserve.engine.client import ENGINE_COMMAND
+from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.supervision import SupervisionSettings
 from llmserve.engine.supervisor import EngineSupervisor
 from llmserve.errors import LLMServeError, NotReadyError
@@ -38,7 +38,7 @@ class LLM:
         sampling_defaults: SamplingDefaults,
         metrics: Metrics,
         server: ServerConfig,
-        engine_command: Sequence[str] = ENGINE_COMMAND,
+        processes: EngineProcesses,
         version: int = 1,
     ) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class LLM:
         supervision = SupervisionSettings(
             stall_timeout_s=server.stall_timeout_s, restart_timeout_s=server.restart_timeout_s
         )
-        self.engine = EngineSupervisor(name, config, self, self.metrics, supervision, server.log_level, engine_command)
+        self.engine = EngineSupervisor(name, config, self, self.metrics, supervision, processes, server.log_level)
         self._prefix_caching = config.enable_prefix_caching
         self._admission = Admission(
             AdmissionLimits(

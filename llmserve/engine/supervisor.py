@@ -12,11 +12,12 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from llmserve.config import EngineConfig
-from llmserve.engine.client import ENGINE_COMMAND, EngineClient, EngineState
+from llmserve.engine.client import EngineClient, EngineState
 from llmserve.engine.in_flight import InFlightRequests
+from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.stall_guard import StallGuard
 from llmserve.engine.supervision import EngineEvents, Phase, SupervisionSettings
 from llmserve.errors import EngineDeadError, LLMServeError
@@ -47,8 +48,8 @@ class EngineSupervisor:
         events: EngineEvents,
         metrics: ModelMetrics,
         settings: SupervisionSettings,
+        processes: EngineProcesses,
         log_level: str = "info",
-        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.phase = Phase.LOADING
         self._name = name
@@ -57,7 +58,7 @@ class EngineSupervisor:
         self._metrics = metrics
         self._settings = settings
         self._log_level = log_level
-        self._command = command
+        self._processes = processes
         self._requests = InFlightRequests()
         self._engine: EngineClient | None = None
         self._guard: StallGuard | None = None
@@ -291,7 +292,7 @@ class EngineSupervisor:
     ) -> EngineReady:
         """One attempt. Raises LLMServeError; nothing is left of it then."""
         self._engine = engine = EngineClient(
-            self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._command
+            self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._processes
         )
         self._num_failures += 1  # until its first step, or heartbeat
         self._guard = guard = StallGuard(engine, self._settings.stall_timeout_s, self._metrics)
@@ -307,6 +308,7 @@ class EngineSupervisor:
     def _engine_is_up(self) -> None:
         self.phase, self._problem = Phase.READY, ""
         self._send_unsent()
+        self._processes.prepare()
 
     def _start_failed(self, error: LLMServeError) -> None:
         self._problem = error.message
