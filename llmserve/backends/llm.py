@@ -43,6 +43,7 @@ class LLM:
     ) -> None:
         self.name = name
         self.version = version  # counts the times it was loaded
+        self.successor: LLM | None = None  # another version with the same tokenizer, for those that come too late
         self.root = root
         self.created = int(time.time())
         self.max_model_len = config.max_model_len or 0  # known for good once the engine has planned
@@ -109,9 +110,11 @@ class LLM:
         return self.engine.reason
 
     def generate(self, request_id: str, spec: GenerationSpec) -> LLMGeneration:
-        """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or gone for good;
-        QueueFullError, RateLimitError if they may not join the queue."""
+        """Starts `spec.n` sequences; once this version takes none, in the next. Raises NotReadyError while the engine
+        is loading, draining or gone for good; QueueFullError, RateLimitError if they may not join the queue."""
         if not self.takes_requests():
+            if self.successor is not None:
+                return self.successor.generate(request_id, spec)
             raise NotReadyError(f"The model {self.name!r} takes no requests now. It is {self.reason}")
         context, arrival_s = current_request(), time.monotonic()
         context.model = self.name

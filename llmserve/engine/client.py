@@ -174,6 +174,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks, self._ready = [], None  # either may hold an error, and that its way through here
         for socket in (self._inbox, self._outbox):
             if socket is not None:
                 socket.close(linger=0)

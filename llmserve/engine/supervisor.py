@@ -159,6 +159,9 @@ class EngineSupervisor:
         if self._engine is not None:
             await self._engine.shutdown(drain=False, timeout_s=timeout_s)
         self._fail(self._requests.ids(), EngineDeadError(f"The model {self._name!r} has been stopped."))
+        # they refer to us: who is done with a model need not wait for the garbage collector to be rid of it
+        self._engine = self._guard = self._task = self._death = None
+        self._events = _Nobody()
 
     # Requests.
 
@@ -328,3 +331,16 @@ class EngineSupervisor:
             self._requests.ids(),
             EngineDeadError(f"The engine of {self._name!r} died and could not be restarted: {self._problem}"),
         )
+
+
+class _Nobody:
+    """Whom the events of a supervisor are for that has been shut down."""
+
+    def on_step(self, step: StepOutputs) -> None:
+        """There is none."""
+
+    def on_idle(self, stats: EngineStats) -> None:
+        """There is none."""
+
+    def on_failed(self, request_ids: list[str], error: LLMServeError) -> None:
+        """There is none."""
