@@ -29,6 +29,7 @@ import uvloop
 from llmserve.api.app import create_app
 from llmserve.api.settings import ApiSettings
 from llmserve.config import EngineConfig, ModelConfigEntry, ServerConfig
+from llmserve.engine.processes import EngineProcesses
 from llmserve.metrics import Metrics
 from llmserve.repository.embedded import DEFAULT_LLM
 from llmserve.repository.served_models import ServedModels, open_llm
@@ -46,7 +47,7 @@ async def serve(step_s: float) -> None:
     metrics = Metrics()
     entry = ModelConfigEntry(model=DEFAULT_LLM, engine=EngineConfig())
     command = (sys.executable, "-m", "benchmarks.null_engine", str(step_s))
-    llm = open_llm(resolve_model(DEFAULT_LLM), entry, ServerConfig(), metrics, command)
+    llm = open_llm(resolve_model(DEFAULT_LLM), entry, ServerConfig(), metrics, EngineProcesses(command))
     models = ServedModels()
     models.add(llm, [llm.name])
     await llm.start()

@@ -29,6 +29,8 @@ import httpx
 import openai
 import psutil
 
+from llmserve.engine.launch import PROCESS_NAME
+
 MODEL = "smollm2-135m-instruct"
 STALL_TIMEOUT_S = 2.0
 START_S = 120.0
@@ -52,6 +54,8 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": "She said:", "temperature": 1.0, "seed": 5, "stop": [" the end of it"], "extra_body": IGNORE_EOS},
     {"prompt": " ".join(["and so on"] * 60), "temperature": 0.9, "seed": 6, "extra_body": IGNORE_EOS},
 )
+_HARM = ("killed", "stopped", "held up", "reloaded", "standby killed")
+_HARM_WEIGHTS = (5, 2, 2, 1, 1)
 Answer = dict[int, tuple[list[int], str, list[float], str | None]]  # by choice: tokens, text, log-probs, finish reason
 
 
@@ -106,10 +110,14 @@ class Server:
 
     def engines(self) -> list[psutil.Process]:
         """Its engine processes now."""
+        return [child for child in self.info.children() if _is_engine(child)]
+
+    def standbys(self) -> list[psutil.Process]:
+        """Its processes that wait to become engines."""
         found = []
         for child in self.info.children():
             with contextlib.suppress(psutil.Error):
-                if "llmserve.engine.process" in child.cmdline():
+                if "llmserve.engine.standby_process" in child.cmdline() and not _is_engine(child):
                     found.append(child)
         return found
 
@@ -131,6 +139,14 @@ class Server:
             "folders": len(list(self._folder.glob("llmserve-*"))),
             "shared memory": sum("memfd" in area.path for area in self.info.memory_maps()),
         }
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        # a standby is none yet; it is called by the same name once it is
+        return process.name() == PROCESS_NAME or "llmserve.engine.process" in process.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
 
 
 class Chaos:
@@ -229,7 +245,7 @@ class Chaos:
         source = random.Random(RANDOM_SEED)
         while True:
             await asyncio.sleep(source.uniform(*self._pause_s))
-            what = source.choices(("killed", "stopped", "held up", "reloaded"), (5, 2, 2, 1))[0]
+            what = source.choices(_HARM, _HARM_WEIGHTS)[0]
             engines = self._server.engines()
             if not engines:
                 continue
@@ -247,6 +263,9 @@ class Chaos:
             engine.send_signal(signal.SIGSTOP)
             await asyncio.sleep(source.uniform(0.1, 0.7) * STALL_TIMEOUT_S)
             engine.send_signal(signal.SIGCONT)
+        elif what == "standby killed":
+            for standby in self._server.standbys():
+                standby.kill()
         else:
             async with httpx.AsyncClient(timeout=60) as client:
                 answer = await client.post(f"{self._server.url}/v2/repository/models/{MODEL}/load")
@@ -258,7 +277,8 @@ class Chaos:
         until_s = time.monotonic() + 90
         while time.monotonic() < until_s:
             num_left = sum(self._server.metric(f"llmserve:num_requests_{state}") for state in ("running", "waiting"))
-            if not num_left and self._server.is_ready() and len(self._server.engines()) == 1:
+            at_rest = len(self._server.engines()) == len(self._server.standbys()) == 1
+            if not num_left and self._server.is_ready() and at_rest:
                 await asyncio.sleep(1.5)  # a heartbeat
                 return
             await asyncio.sleep(0.2)
@@ -278,7 +298,9 @@ async def run(minutes: float, num_clients: int, max_tokens: int, pause_s: tuple[
                 report.left_behind.append(f"exit status {status}, log:\n{server.log.read_text()}")
             return report
         finally:
-            for process in [*server.engines(), server.info] if server.process.poll() is None else []:
+            for process in (
+                [*server.engines(), *server.standbys(), server.info] if server.process.poll() is None else []
+            ):
                 process.kill()
 
 

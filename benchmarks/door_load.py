@@ -25,7 +25,7 @@ from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
 from llmserve.api_keys import new_key
 from llmserve.config import DoorConfig, EngineConfig, ModelConfigEntry, ServerConfig
-from llmserve.engine.client import ENGINE_COMMAND
+from llmserve.engine.processes import ENGINE_COMMAND, EngineProcesses
 from llmserve.metrics import Metrics
 from llmserve.repository.embedded import DEFAULT_LLM
 from llmserve.repository.served_models import ServedModels, open_llm
@@ -65,7 +65,8 @@ async def serve(load: Load, keys: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.null_engine", str(load.step_s), str(load.max_num_seqs), load.policy]
     entry = ModelConfigEntry(model=DEFAULT_LLM, engine=engine)
     source = resolve_model(DEFAULT_LLM)
-    llm = open_llm(source, entry, ServerConfig(), metrics, command if load.step_s else ENGINE_COMMAND)
+    processes = EngineProcesses(command if load.step_s else ENGINE_COMMAND)
+    llm = open_llm(source, entry, ServerConfig(), metrics, processes)
     models = ServedModels()
     models.add(llm, [llm.name])
     await llm.start()

@@ -117,6 +117,9 @@ class ServerConfig:
         10.0, "An engine that has work, and whose steps do not advance for this long, is replaced."
     )
     restart_timeout_s: float = setting(120.0, "Requests in flight wait this long for an engine to be replaced.")
+    standby_engine: bool = setting(
+        True, "Keep a process with an engine's imports made, so that one that dies is replaced within a second."
+    )
     vllm_metrics: bool = setting(True, "Expose metrics under vLLM's names too, for its dashboards.")
 
     def __post_init__(self) -> None:

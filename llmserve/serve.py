@@ -25,6 +25,7 @@ from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
+from llmserve.engine.processes import STANDBY_COMMAND, EngineProcesses
 from llmserve.errors import ConfigError, ModelLoadError
 from llmserve.general_models import GeneralModels
 from llmserve.metrics import Metrics
@@ -59,6 +60,7 @@ class _Server:
         self._metrics = Metrics(vllm_names=config.server.vllm_metrics)
         self._models = ServedModels()
         server = config.server
+        self._processes = EngineProcesses(standby_command=STANDBY_COMMAND if server.standby_engine else None)
         self._api = ApiSettings(
             max_body_bytes=server.max_body_bytes,
             keep_alive_s=server.keep_alive_s,
@@ -69,7 +71,6 @@ class _Server:
         pooling = [(entry, source) for entry, source in sources if is_pooling_folder(source.path)]
         if (default := self._embedding_model()) is not None:
             pooling.append((ModelConfigEntry(model=default.name), default))
-        self._llms = LanguageModels(self._models, self._reopen, server.drain_timeout_s)
         self._entrance = Entrance(config.door, self._metrics)
         self._llms = LanguageModels(self._models, self._reopen, server.drain_timeout_s)
         self._general = GeneralModels(
@@ -104,6 +105,7 @@ class _Server:
             # HTTP is over: what is still in flight has nobody to read it
             grace_s = 0.0 if http.force_exit else _ENGINE_GRACE_S
             await asyncio.gather(self._general.stop(grace_s), self._llms.stop(grace_s))
+            await self._processes.close()
             self._entrance.close()
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
@@ -142,14 +144,14 @@ class _Server:
         return source
 
     def _open(self, entry: ModelConfigEntry, source: ModelSource) -> LLM:
-        llm = open_llm(source, entry, self._config.server, self._metrics)
+        llm = open_llm(source, entry, self._config.server, self._metrics, self._processes)
         self._llms.add(llm, entry)
         return llm
 
     def _reopen(self, entry: ModelConfigEntry, version: int) -> LLM:
         """The same model as it is on disk now. Blocks."""
         source = resolve_model(entry.model or DEFAULT_LLM)
-        return open_llm(source, entry, self._config.server, self._metrics, version=version)
+        return open_llm(source, entry, self._config.server, self._metrics, self._processes, version)
 
     async def _load(self) -> None:
         host, port = self._listener.getsockname()[:2]

@@ -83,6 +83,11 @@ class Tokenizer:
         template = self._templates.get("default")
         return template.source if template is not None else None
 
+    def is_same_as(self, other: Tokenizer) -> bool:
+        """Whether token ids mean the same to both, and end the same answers. Takes a while where the vocabulary is
+        large."""
+        return self.eos_token_ids == other.eos_token_ids and self._backend.to_str() == other._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in the text become those tokens.
 

@@ -86,6 +86,7 @@ class Ticket:
     def end(self, num_prompt_tokens: int, num_generated: int, now_s: float) -> None:
         """However it ended."""
         admission, self._admission = self._admission, _CLOSED
+        self.fail = None
         admission.ended(self, num_prompt_tokens, num_generated, now_s)
 
 

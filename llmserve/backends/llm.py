@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from llmserve.backends.admission import Admission, AdmissionLimits
 from llmserve.backends.generation import GenerationSpec, SamplingDefaults
 from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
-from llmserve.engine.client import ENGINE_COMMAND
+from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.supervision import SupervisionSettings
 from llmserve.engine.supervisor import EngineSupervisor
 from llmserve.errors import LLMServeError, NotReadyError
@@ -38,11 +38,12 @@ class LLM:
         sampling_defaults: SamplingDefaults,
         metrics: Metrics,
         server: ServerConfig,
-        engine_command: Sequence[str] = ENGINE_COMMAND,
+        processes: EngineProcesses,
         version: int = 1,
     ) -> None:
         self.name = name
         self.version = version  # counts the times it was loaded
+        self.successor: LLM | None = None  # another version with the same tokenizer, for those that come too late
         self.root = root
         self.created = int(time.time())
         self.max_model_len = config.max_model_len or 0  # known for good once the engine has planned
@@ -55,7 +56,7 @@ class LLM:
         supervision = SupervisionSettings(
             stall_timeout_s=server.stall_timeout_s, restart_timeout_s=server.restart_timeout_s
         )
-        self.engine = EngineSupervisor(name, config, self, self.metrics, supervision, server.log_level, engine_command)
+        self.engine = EngineSupervisor(name, config, self, self.metrics, supervision, processes, server.log_level)
         self._prefix_caching = config.enable_prefix_caching
         self._admission = Admission(
             AdmissionLimits(
@@ -109,9 +110,11 @@ class LLM:
         return self.engine.reason
 
     def generate(self, request_id: str, spec: GenerationSpec) -> LLMGeneration:
-        """Starts `spec.n` sequences. Raises NotReadyError while the engine is loading, draining or gone for good;
-        QueueFullError, RateLimitError if they may not join the queue."""
+        """Starts `spec.n` sequences; once this version takes none, in the next. Raises NotReadyError while the engine
+        is loading, draining or gone for good; QueueFullError, RateLimitError if they may not join the queue."""
         if not self.takes_requests():
+            if self.successor is not None:
+                return self.successor.generate(request_id, spec)
             raise NotReadyError(f"The model {self.name!r} takes no requests now. It is {self.reason}")
         context, arrival_s = current_request(), time.monotonic()
         context.model = self.name

@@ -235,6 +235,9 @@ class LLMGeneration:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._end(FinishReason.ABORT)
+        # both lead back here: without them the request, and its model, are gone as soon as nobody needs them
+        self.sequences.clear()
+        self._error = None
 
     async def __aiter__(self) -> AsyncIterator[list[GenerationDelta]]:
         while True:

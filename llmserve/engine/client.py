@@ -10,10 +10,9 @@ import contextlib
 import enum
 import logging
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -21,8 +20,9 @@ import zmq.asyncio
 
 from llmserve import errors
 from llmserve.config import EngineConfig
-from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
+from llmserve.engine.flight_recorder import FlightRecorder
 from llmserve.engine.launch import FAILED_STATUS, EngineLaunch
+from llmserve.engine.processes import EngineProcesses
 from llmserve.errors import EngineDeadError, LLMServeError
 from llmserve.messages import (
     AbortRequests,
@@ -39,10 +39,6 @@ from llmserve.messages import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-# -P: the current directory is its owner's, and none of its files is a module of ours
-ENGINE_COMMAND = (sys.executable, "-P", "-m", "llmserve.engine.process")
 
 
 class EngineState(enum.Enum):
@@ -67,7 +63,7 @@ class EngineClient:
         on_idle: Callable[[EngineStats], None],
         on_dead: Callable[[LLMServeError], None],
         log_level: str = "info",
-        command: Sequence[str] = ENGINE_COMMAND,
+        processes: EngineProcesses | None = None,
     ) -> None:
         self.state = EngineState.STARTING
         self.last_message_s = time.monotonic()
@@ -78,7 +74,7 @@ class EngineClient:
         self._on_idle = on_idle
         self._on_dead = on_dead
         self._log_level = log_level
-        self._command = command
+        self._processes = processes or EngineProcesses()
         self._inbox: zmq.asyncio.Socket | None = None
         self._outbox: zmq.asyncio.Socket | None = None
         self._encoder = msgspec.msgpack.Encoder()
@@ -125,21 +121,13 @@ class EngineClient:
             socket.linger = 0
         outbox.bind(f"{endpoint}/in")
         inbox.bind(f"{endpoint}/out")
-        recorder_fd = make_recorder_fd()
-        try:
-            self._recorder = FlightRecorder(recorder_fd)
-            launch = EngineLaunch(
-                self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), recorder_fd, self._log_level
-            )
-            self._process = process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, pass_fds=(recorder_fd,)
-            )
-        finally:
-            os.close(recorder_fd)
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(launch))
-        process.stdin.close()
-        return process, inbox
+        engine = await self._processes.take()
+        self._process, self._recorder = engine.process, engine.recorder
+        launch = EngineLaunch(
+            self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), engine.recorder_fd, self._log_level
+        )
+        engine.tell(msgspec.json.encode(launch))
+        return engine.process, inbox
 
     @property
     def pid(self) -> int | None:
@@ -186,6 +174,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks, self._ready = [], None  # either may hold an error, and that its way through here
         for socket in (self._inbox, self._outbox):
             if socket is not None:
                 socket.close(linger=0)

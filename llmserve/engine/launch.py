@@ -8,6 +8,7 @@ from llmserve.config import EngineConfig
 
 HEARTBEAT_S = 1.0  # an idle engine says this often that it is alive
 FAILED_STATUS = 1  # exit status of an engine that has said why: its last message is an EngineFailed
+PROCESS_NAME = "llmserve-engine"  # from the moment it is told; the kernel keeps 15 characters
 
 
 class EngineLaunch(msgspec.Struct):

@@ -6,19 +6,21 @@ own thread, so a hung loop sends none.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from llmserve.engine.core import EngineCore
 from llmserve.engine.flight_recorder import FlightRecorder
-from llmserve.engine.launch import FAILED_STATUS, HEARTBEAT_S, EngineLaunch
+from llmserve.engine.launch import FAILED_STATUS, HEARTBEAT_S, PROCESS_NAME, EngineLaunch
 from llmserve.errors import LLMServeError
 from llmserve.messages import (
     AbortRequests,
@@ -101,9 +103,14 @@ class EngineLoop:
 def run_engine(build: BuildCore) -> int:
     """The life of an engine process, told by an EngineLaunch as JSON on standard input what to do.
 
-    Exit status 0 after a Shutdown, FAILED_STATUS after an EngineFailed.
+    Exit status 0 after a Shutdown, or if the server is gone and has told it nothing; FAILED_STATUS after an
+    EngineFailed.
     """
-    launch = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineLaunch)
+    told = sys.stdin.buffer.read()
+    if not told:
+        return 0
+    launch = msgspec.json.decode(told, type=EngineLaunch)
+    _name_process()
     logging.basicConfig(level=launch.log_level.upper(), format="%(asctime)s %(levelname)s [engine] %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server says when to stop
     context = zmq.Context()
@@ -134,3 +141,9 @@ def run_engine(build: BuildCore) -> int:
     finally:
         context.destroy(linger=2000)  # the last words are read, if anyone is left to read them
     return 0
+
+
+def _name_process() -> None:
+    """What tools like `ps` and `top` call it: one that was a standby was started under another name."""
+    with contextlib.suppress(OSError):  # not on Linux
+        Path("/proc/self/comm").write_text(PROCESS_NAME)

@@ -64,9 +64,10 @@ def build_core(
     return core, EngineReady(plan, time.monotonic() - started)
 
 
-def _build(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[EngineCore, EngineReady]:
+def build_for_launch(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[EngineCore, EngineReady]:
+    """The `BuildCore` of a real engine."""
     return build_core(launch.config, send, launch.server_pid, recorder)
 
 
 if __name__ == "__main__":
-    sys.exit(run_engine(_build))
+    sys.exit(run_engine(build_for_launch))

@@ -12,11 +12,12 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from llmserve.config import EngineConfig
-from llmserve.engine.client import ENGINE_COMMAND, EngineClient, EngineState
+from llmserve.engine.client import EngineClient, EngineState
 from llmserve.engine.in_flight import InFlightRequests
+from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.stall_guard import StallGuard
 from llmserve.engine.supervision import EngineEvents, Phase, SupervisionSettings
 from llmserve.errors import EngineDeadError, LLMServeError
@@ -47,8 +48,8 @@ class EngineSupervisor:
         events: EngineEvents,
         metrics: ModelMetrics,
         settings: SupervisionSettings,
+        processes: EngineProcesses,
         log_level: str = "info",
-        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.phase = Phase.LOADING
         self._name = name
@@ -57,7 +58,7 @@ class EngineSupervisor:
         self._metrics = metrics
         self._settings = settings
         self._log_level = log_level
-        self._command = command
+        self._processes = processes
         self._requests = InFlightRequests()
         self._engine: EngineClient | None = None
         self._guard: StallGuard | None = None
@@ -158,6 +159,9 @@ class EngineSupervisor:
         if self._engine is not None:
             await self._engine.shutdown(drain=False, timeout_s=timeout_s)
         self._fail(self._requests.ids(), EngineDeadError(f"The model {self._name!r} has been stopped."))
+        # they refer to us: who is done with a model need not wait for the garbage collector to be rid of it
+        self._engine = self._guard = self._task = self._death = None
+        self._events = _Nobody()
 
     # Requests.
 
@@ -291,7 +295,7 @@ class EngineSupervisor:
     ) -> EngineReady:
         """One attempt. Raises LLMServeError; nothing is left of it then."""
         self._engine = engine = EngineClient(
-            self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._command
+            self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._processes
         )
         self._num_failures += 1  # until its first step, or heartbeat
         self._guard = guard = StallGuard(engine, self._settings.stall_timeout_s, self._metrics)
@@ -307,6 +311,7 @@ class EngineSupervisor:
     def _engine_is_up(self) -> None:
         self.phase, self._problem = Phase.READY, ""
         self._send_unsent()
+        self._processes.prepare()
 
     def _start_failed(self, error: LLMServeError) -> None:
         self._problem = error.message
@@ -326,3 +331,16 @@ class EngineSupervisor:
             self._requests.ids(),
             EngineDeadError(f"The engine of {self._name!r} died and could not be restarted: {self._problem}"),
         )
+
+
+class _Nobody:
+    """Whom the events of a supervisor are for that has been shut down."""
+
+    def on_step(self, step: StepOutputs) -> None:
+        """There is none."""
+
+    def on_idle(self, stats: EngineStats) -> None:
+        """There is none."""
+
+    def on_failed(self, request_ids: list[str], error: LLMServeError) -> None:
+        """There is none."""

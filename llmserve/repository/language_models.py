@@ -17,7 +17,7 @@ from llmserve.repository.served_models import ServedModels
 
 logger = logging.getLogger(__name__)
 
-_LATE_S = 5.0  # for a request that has chosen its version, and is still being tokenized
+_LATE_S = 5.0  # for a request that has chosen its version, and is being tokenized; later it goes to the next version
 _ENGINE_GRACE_S = 5.0
 
 OpenLLM = Callable[[ModelConfigEntry, int], LLM]  # blocks on files; the number is that of the version
@@ -87,6 +87,8 @@ class LanguageModels:
             if old is None:
                 self._served.add(new, names)
             else:
+                if await asyncio.to_thread(old.tokenizer.is_same_as, new.tokenizer):
+                    old.successor = new
                 self._served.replace(old, new)
                 self._retire(old)
             logger.info("Model %s: version %d serves", name, new.version)

@@ -11,7 +11,7 @@ from typing import Any
 from llmserve.backends.generation import SamplingDefaults
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServerConfig
-from llmserve.engine.client import ENGINE_COMMAND
+from llmserve.engine.processes import EngineProcesses
 from llmserve.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from llmserve.metrics import Metrics
 from llmserve.repository.sources import ModelSource
@@ -70,7 +70,7 @@ def open_llm(
     entry: ModelConfigEntry,
     server: ServerConfig,
     metrics: Metrics,
-    engine_command: Sequence[str] = ENGINE_COMMAND,
+    processes: EngineProcesses,
     version: int = 1,
 ) -> LLM:
     """Reads what the server process must know of a model: tokenizer and sampling defaults. Loads no weights."""
@@ -82,7 +82,7 @@ def open_llm(
         sampling_defaults=read_sampling_defaults(source.path),
         metrics=metrics,
         server=server,
-        engine_command=engine_command,
+        processes=processes,
         version=version,
     )
 

@@ -16,6 +16,8 @@ import openai
 import psutil
 import pytest
 
+from llmserve.engine.launch import PROCESS_NAME
+
 START_S = 120.0  # on a machine that does other things too; an idle one needs three
 
 
@@ -79,7 +81,8 @@ class Server:
 
 def _is_engine(process: psutil.Process) -> bool:
     try:
-        return "llmserve.engine.process" in process.cmdline()
+        # a standby is none yet; it is called by the same name once it is
+        return process.name() == PROCESS_NAME or "llmserve.engine.process" in process.cmdline()
     except psutil.Error:  # it has just ended
         return False
 

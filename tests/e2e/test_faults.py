@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -72,6 +73,23 @@ def test_two_hundred_clients_that_vanish_leave_nothing_behind(server: Any) -> No
     after = engine.memory_info().rss, psutil.Process(server.process.pid).memory_info().rss
     assert after[0] - before[0] < 300 * 2**20  # the cache fills up to its 256 MiB, and no further
     assert after[1] - before[1] < 30 * 2**20
+    answer = server.client().completions.create(**PROMPT, max_tokens=5)
+    assert answer.usage.completion_tokens == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
+def test_connections_beyond_the_open_files_allowed_are_turned_away_and_streams_go_on(server: Any) -> None:
+    process, address = psutil.Process(server.process.pid), urlsplit(server.url)
+    stream = server.client().completions.create(**PROMPT, max_tokens=150, stream=True, extra_body={"ignore_eos": True})
+    next(stream)
+    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() + 10, limits[1]))
+        stack.callback(resource.prlimit, process.pid, resource.RLIMIT_NOFILE, limits)
+        for _ in range(50):
+            stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=10))
+        num_events = sum(1 for _ in stream)
+    assert num_events >= 140
     answer = server.client().completions.create(**PROMPT, max_tokens=5)
     assert answer.usage.completion_tokens == 5
 

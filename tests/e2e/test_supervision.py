@@ -180,13 +180,13 @@ def test_a_reload_loses_no_request(start_server: Callable[..., Any], smollm2_pat
     early = [Client(server, REQUESTS["seeded"]) for _ in range(3)]
     for client in early:
         assert client.reached.wait(60)
-    assert httpx.post(load, timeout=60).status_code == 200
+    assert httpx.post(load, timeout=180).status_code == 200
     late = Client(server, REQUESTS["seeded"])
     assert httpx.post(f"{server.url}/v2/repository/index").json() == [{"name": MODEL, "version": "2", "state": "READY"}]
     assert [client.answer() for client in (*early, late)] == [expected] * 4
     model.unlink()
     model.mkdir()  # the next version is damaged: the one before serves on
-    refused = httpx.post(load, timeout=60)
+    refused = httpx.post(load, timeout=180)
     assert refused.status_code == 400
     assert "config.json" in refused.json()["error"]
     assert Client(server, REQUESTS["seeded"]).answer() == expected

@@ -42,6 +42,18 @@ def test_what_is_resumed_has_its_tokens_and_its_prompt_is_not_scored_twice() -> 
     assert (second.output_token_ids, second.params.prompt_logprobs) == ([], 2)
 
 
+def test_a_step_may_bring_several_tokens_and_all_are_kept_in_order() -> None:
+    requests = of("a")
+    sent(requests)
+    for token_ids in ([5, 6, 7], [], [8]):
+        outputs = [SequenceOutput("a", token_ids, None)]
+        requests.record(StepOutputs(1, 0.0, outputs, EngineStats(0, 0, 0, 0)))
+    assert requests.num_tokens == 4
+    requests.engine_died([], for_certain=True)
+    (resumed,) = requests.take_unsent()
+    assert resumed.output_token_ids == [5, 6, 7, 8]
+
+
 def test_the_finished_and_the_unwanted_are_not_resumed() -> None:
     requests = of("a", "b", "c")
     sent(requests)

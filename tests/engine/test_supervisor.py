@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from llmserve.config import EngineConfig
+from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.supervision import Phase, SupervisionSettings
 from llmserve.engine.supervisor import EngineSupervisor
 from llmserve.errors import EngineDeadError, LLMServeError, ModelLoadError
@@ -79,12 +80,13 @@ class Clients:
 class House:
     """A supervisor, its clients, and the hand that does harm."""
 
-    def __init__(self, script: Script, settings: SupervisionSettings) -> None:
+    def __init__(self, script: Script, settings: SupervisionSettings, with_standby: bool) -> None:
         self.clients = Clients()
         self.metrics = ModelMetrics("m")
         command = (sys.executable, "-m", "tests.engine.scripted_engine", msgspec.json.encode(script).decode())
+        self.processes = EngineProcesses(command, command if with_standby else None)
         self.supervisor = EngineSupervisor(
-            "m", EngineConfig(model="m"), self.clients, self.metrics, settings, "critical", command
+            "m", EngineConfig(model="m"), self.clients, self.metrics, settings, self.processes, "critical"
         )
 
     def ask(self, name: str, num_tokens: int, prompt: list[int] = PROMPT, **params: Any) -> None:
@@ -113,19 +115,23 @@ class House:
 
 
 def run(
-    use: Callable[[House], Awaitable[None]], script: Script | None = None, settings: SupervisionSettings = SETTINGS
+    use: Callable[[House], Awaitable[None]],
+    script: Script | None = None,
+    settings: SupervisionSettings = SETTINGS,
+    with_standby: bool = False,
 ) -> None:
     """Runs `use` against a supervised engine; nothing may be left of it afterwards."""
     me = psutil.Process()
 
     async def scenario() -> None:
-        house = House(script or Script(), settings)
+        house = House(script or Script(), settings, with_standby)
         tasks = asyncio.all_tasks()
         try:
             await house.supervisor.start()
             await use(house)
         finally:
             await house.supervisor.shutdown(timeout_s=5)
+            await house.processes.close()
         assert asyncio.all_tasks() == tasks
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
@@ -151,6 +157,23 @@ def test_a_killed_engine_is_replaced_and_every_answer_goes_on() -> None:
         assert not house.clients.failed
 
     run(use)
+
+
+def test_the_standby_takes_over_and_is_renewed() -> None:
+    async def use(house: House) -> None:
+        house.ask("a", 600)
+        for kills in range(1, 4):
+            heard = house.clients.num_tokens()
+            await house.clients.until(lambda heard=heard: house.clients.num_tokens() > heard + 60)
+            standby = house.processes.standby_pid
+            assert standby not in (None, house.supervisor.pid)
+            house.send(signal.SIGKILL)
+            await house.until_restarted(kills)
+            assert house.supervisor.pid == standby
+        await house.clients.until(lambda: house.clients.finished)
+        house.check("a", 600)
+
+    run(use, with_standby=True)
 
 
 def test_a_stopped_engine_is_replaced_after_the_stall_time() -> None:
@@ -355,7 +378,8 @@ def test_what_never_loads_is_raised_at_the_start(tmp_path: Path) -> None:
 def test_an_engine_command_that_cannot_be_started_is_an_error_that_says_so() -> None:
     async def scenario() -> None:
         supervisor = EngineSupervisor(
-            "m", EngineConfig(model="m"), Clients(), ModelMetrics("m"), SETTINGS, command=("/nowhere/python",)
+            *("m", EngineConfig(model="m"), Clients(), ModelMetrics("m"), SETTINGS),
+            EngineProcesses(("/nowhere/python",)),
         )
         with pytest.raises(EngineDeadError, match="cannot be started"):
             await supervisor.start()

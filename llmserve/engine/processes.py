@@ -1,0 +1,135 @@
+"""Where engine processes come from: started when one is wanted, or kept ready. Knows no model and no message.
+
+Most of the time an engine takes to be replaced goes into its imports. An engine is told on its standard input what to
+do, so a *standby* is an engine's process that has made its imports and has not been told yet: it waits in a read, and
+that read ends, and with it the process, when the server is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
+
+logger = logging.getLogger(__name__)
+
+# -P: the current directory is its owner's, and none of its files is a module of ours
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "llmserve.engine.process")
+STANDBY_COMMAND = (sys.executable, "-P", "-m", "llmserve.engine.standby_process")
+
+_MAX_BACKOFF_S = 60.0  # between two standbys that ended by themselves
+
+
+class EngineProcess:
+    """A process that waits for its EngineLaunch, and the memory it will note its steps in."""
+
+    def __init__(self, process: asyncio.subprocess.Process, recorder: FlightRecorder, recorder_fd: int) -> None:
+        self.process = process
+        self.recorder = recorder
+        self.recorder_fd = recorder_fd  # the number of the descriptor over there
+
+    def tell(self, launch: bytes) -> None:
+        """What it is to do; never blocks."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(launch)
+        self.process.stdin.close()
+
+    async def end(self) -> None:
+        """Kills it; nothing of it is left then."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                self.process.kill()
+        await self.process.wait()
+        self.recorder.close()
+
+
+async def start_process(command: Sequence[str]) -> EngineProcess:
+    """Raises OSError if there is no process, descriptor or memory to be had."""
+    recorder_fd = make_recorder_fd()
+    try:
+        recorder = FlightRecorder(recorder_fd)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, pass_fds=(recorder_fd,)
+            )
+        except BaseException:
+            recorder.close()
+            raise
+    finally:
+        os.close(recorder_fd)
+    return EngineProcess(process, recorder, recorder_fd)
+
+
+class EngineProcesses:
+    """All engines of a server are started here; at most one standby serves all of them."""
+
+    def __init__(self, command: Sequence[str] = ENGINE_COMMAND, standby_command: Sequence[str] | None = None) -> None:
+        """Without `standby_command` every process is started when it is wanted."""
+        self._command = command
+        self._standby_command = standby_command
+        self._standby: EngineProcess | None = None
+        self._keeping: asyncio.Task[None] | None = None
+
+    @property
+    def standby_pid(self) -> int | None:
+        """The process that waits now."""
+        return self._standby.process.pid if self._standby is not None else None
+
+    async def take(self) -> EngineProcess:
+        """A process that nobody has told anything yet: the standby, or a new one. Raises OSError.
+
+        A standby that is still importing is taken too: it is ahead of a new one.
+        """
+        standby, self._standby = self._standby, None
+        if standby is None:
+            return await start_process(self._command)
+        assert self._keeping is not None
+        self._keeping.cancel()
+        if standby.process.returncode is not None:
+            await standby.end()
+            return await start_process(self._command)
+        logger.info("The standby (process %d) becomes an engine", standby.process.pid)
+        return standby
+
+    def prepare(self) -> None:
+        """Starts a standby in the background, unless there is one. To be called when an engine has got ready: two
+        processes that import at the same time would hold each other up."""
+        if self._standby_command is None or self._standby is not None:
+            return
+        if self._keeping is None or self._keeping.done() or self._keeping.cancelling():
+            self._keeping = asyncio.create_task(self._keep(self._standby_command), name="keep a standby engine")
+
+    async def close(self) -> None:
+        """Ends the standby. Safe to call twice."""
+        self._standby_command = None
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            await standby.end()
+
+    async def _keep(self, command: Sequence[str]) -> None:
+        """Replaces the standby whenever it dies, after pauses that double. Cancelled when it is taken."""
+        pause_s = 0.5
+        while True:
+            try:
+                self._standby = await start_process(command)
+                status = await self._standby.process.wait()
+                standby, self._standby = self._standby, None
+                await standby.end()
+                reason = f"it ended with status {status}"
+            except OSError as error:
+                reason = str(error)
+            logger.warning("There is no standby engine: %s. Another is started in %.1f s", reason, pause_s)
+            over = asyncio.Event()
+            asyncio.get_running_loop().call_later(pause_s, over.set)
+            await over.wait()
+            pause_s = min(2 * pause_s, _MAX_BACKOFF_S)
