@@ -206,7 +206,7 @@ class EngineSupervisor:
 
     def _on_idle(self, stats: EngineStats) -> None:
         if self._guard is not None:
-            self._guard.heartbeat()
+            self._guard.heartbeat(bool(self._requests))
         self._num_failures = 0
         self._events.on_idle(stats)
 
