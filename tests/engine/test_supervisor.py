@@ -356,6 +356,14 @@ def test_a_model_that_cannot_be_loaded_any_more_is_said_and_retried(tmp_path: Pa
     run(use, Script(fail_load_if=str(damage)))
 
 
+def test_it_is_still_tried_after_a_night_of_failures() -> None:
+    async def use(house: House) -> None:
+        house.supervisor._num_failures = 2000
+        await house.supervisor._pause()
+
+    run(use, settings=SupervisionSettings(min_backoff_s=0.01, max_backoff_s=0.02))
+
+
 def test_what_never_loads_is_raised_at_the_start(tmp_path: Path) -> None:
     damage = tmp_path / "damaged"
     damage.touch()
