@@ -265,9 +265,10 @@ class Admission:
 
 def overdue(waiting: Iterable[Ticket], num_engine_waiting: int, arrived_before_s: float) -> list[Ticket]:
     """Those that came before that time and are in the engine's queue still: the oldest of them are no longer, they
-    have no token yet because their prompt is being computed."""
+    have no token yet because their prompt is being computed. (The engine may count more: preempted ones wait too.)"""
     tickets = list(waiting)
-    return [ticket for ticket in tickets[len(tickets) - num_engine_waiting :] if ticket.arrival_s <= arrived_before_s]
+    begin = max(len(tickets) - num_engine_waiting, 0)
+    return [ticket for ticket in tickets[begin:] if ticket.arrival_s <= arrived_before_s]
 
 
 class _Closed(Admission):

@@ -37,9 +37,9 @@ class StallGuard:
         """It has made a step."""
         self._watch.step(time.monotonic(), work_left)
 
-    def heartbeat(self) -> None:
-        """It says that it is idle."""
-        self._watch.heartbeat(time.monotonic())
+    def heartbeat(self, work_left: bool) -> None:
+        """It says that it is idle; `work_left`: it has been given something all the same."""
+        self._watch.heartbeat(time.monotonic(), work_left)
 
     def end(self) -> None:
         """It is no longer of interest."""

@@ -43,9 +43,13 @@ class StallWatch:
         self._last_sign_s = now
         self._has_work = work_left
 
-    def heartbeat(self, now: float) -> None:
-        """A sign of life without a step: all that an engine without work has to give, and too little of one with."""
-        if not self._has_work:
+    def heartbeat(self, now: float, work_left: bool) -> None:
+        """A sign of life without a step: all that an engine without work has to give, and too little of one with.
+
+        What work it had may have been taken back before a step of it began: then no step is due for it.
+        """
+        if not work_left:
+            self._has_work = False
             self._last_sign_s = now
 
     def progress(self, now: float) -> None:

@@ -35,6 +35,7 @@ from llmserve.metrics import ModelMetrics
 logger = logging.getLogger(__name__)
 
 _CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
+_MAX_DOUBLINGS = 32  # of the pause between two starts: far beyond any limit, and still a float
 _MAX_EXPLAINED_FAILURES = 3  # starts that the engine itself says cannot work: then nobody is kept waiting any longer
 
 
@@ -210,7 +211,7 @@ class EngineSupervisor:
 
     def _on_idle(self, stats: EngineStats) -> None:
         if self._guard is not None:
-            self._guard.heartbeat()
+            self._guard.heartbeat(bool(self._requests))
         self._num_failures = 0
         self._events.on_idle(stats)
 
@@ -319,7 +320,8 @@ class EngineSupervisor:
 
     async def _pause(self) -> None:
         settings = self._settings
-        pause_s = min(settings.min_backoff_s * 2.0 ** (self._num_failures - 1), settings.max_backoff_s)
+        doublings = min(self._num_failures - 1, _MAX_DOUBLINGS)
+        pause_s = min(settings.min_backoff_s * 2.0**doublings, settings.max_backoff_s)
         over = asyncio.Event()
         asyncio.get_running_loop().call_later(pause_s, over.set)
         await over.wait()

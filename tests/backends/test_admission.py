@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmserve.backends.admission import Admission, AdmissionLimits, DrainMeter, Ticket
+from llmserve.backends.admission import Admission, AdmissionLimits, DrainMeter, Ticket, overdue
 from llmserve.backends.generation import GenerationSpec
 from llmserve.errors import QueueFullError, RateLimitError
 from llmserve.messages import SamplingParams
@@ -173,3 +173,12 @@ def test_who_waited_too_long_all_the_same_is_told_so() -> None:
         return told
 
     assert asyncio.run(wait()) == ["queued"]
+
+
+def test_all_that_wait_are_overdue_where_the_engine_counts_preempted_ones_too() -> None:
+    admission = Admission(AdmissionLimits())
+    tickets = [admission.admit(spec(), context(), float(arrival_s))[0] for arrival_s in range(3)]
+    assert overdue(tickets, 2, 10.0) == tickets[1:]
+    assert overdue(tickets, 5, 10.0) == tickets
+    assert overdue(tickets, 5, 1.0) == tickets[:2]
+    assert overdue(tickets, 0, 10.0) == []

@@ -29,12 +29,21 @@ def test_silence_counts_from_the_last_step() -> None:
 
 def test_heartbeats_excuse_only_an_engine_without_work() -> None:
     watch = StallWatch(10.0, 0.0)
-    watch.heartbeat(9.0)
+    watch.heartbeat(9.0, work_left=False)
     assert look(watch, 18.0) is None
     watch.work(18.0)
     watch.step(18.5, work_left=True)
-    watch.heartbeat(28.0)
+    watch.heartbeat(28.0, work_left=True)
     assert look(watch, 28.5) == 10.0
+
+
+def test_no_step_is_due_for_work_that_was_taken_back() -> None:
+    watch = working()
+    watch.heartbeat(2.0, work_left=False)
+    assert look(watch, 11.9) is None
+    watch.work(100.0)
+    assert look(watch, 109.9) is None
+    assert look(watch, 110.0) == 10.0
 
 
 def test_a_heartbeat_may_be_late_however_short_the_timeout() -> None:

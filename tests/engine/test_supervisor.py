@@ -205,6 +205,21 @@ def test_an_idle_engine_that_is_stopped_is_replaced_too() -> None:
     run(use)
 
 
+def test_an_engine_whose_work_was_taken_back_before_a_step_of_it_is_left_alone() -> None:
+    async def use(house: House) -> None:
+        house.ask("warm", 2)
+        await house.clients.until(lambda: "warm" in house.clients.finished)
+        pid = house.send(signal.SIGSTOP)  # so that it reads both messages at once
+        house.ask("a", 100)
+        house.supervisor.abort(["a"])
+        house.send(signal.SIGCONT)
+        await asyncio.sleep(2.5 * SETTINGS.stall_timeout_s)
+        assert house.supervisor.pid == pid
+        assert house.metrics.engine_stalls == 0
+
+    run(use)
+
+
 def test_one_that_is_only_held_up_for_a_while_is_left_alone() -> None:
     async def use(house: House) -> None:
         house.ask("a", 300)
@@ -362,6 +377,14 @@ def test_a_model_that_cannot_be_loaded_any_more_is_said_and_retried(tmp_path: Pa
         house.check("b", 5)
 
     run(use, Script(fail_load_if=str(damage)))
+
+
+def test_it_is_still_tried_after_a_night_of_failures() -> None:
+    async def use(house: House) -> None:
+        house.supervisor._num_failures = 2000
+        await house.supervisor._pause()
+
+    run(use, settings=SupervisionSettings(min_backoff_s=0.01, max_backoff_s=0.02))
 
 
 def test_what_never_loads_is_raised_at_the_start(tmp_path: Path) -> None:
