@@ -72,6 +72,7 @@ class TritonModel:
         self._context = model
         self._model: Any = None
         self._output_names: list[str] = []
+        self._decoupled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_async = inspect.iscoroutinefunction(getattr(cls, "execute", None))
 
@@ -88,6 +89,7 @@ class TritonModel:
     def load(self, model: ModelContext) -> None:
         """Makes the object and calls `initialize`."""
         self._context = model
+        self._decoupled = model.decoupled
         self._output_names = [output["name"] for output in model.config.get("output", ())]
         if not callable(getattr(self._class, "execute", None)):
             raise ModelLoadError(f"The TritonPythonModel of model {model.name!r} has no method 'execute'.")
@@ -113,7 +115,7 @@ class TritonModel:
         """Requests as the model knows them in, its responses out."""
         requests = [InferenceRequest.of(request, self._context.name, self._output_names) for request in batch.requests]
         if self._is_async:
-            if self._context.decoupled:
+            if self._decoupled:
                 running = asyncio.run_coroutine_threadsafe(self._model.execute(requests), self._background())
                 running.add_done_callback(partial(_tell_failure, batch.requests))
                 return None  # the next batch need not wait for it
@@ -130,7 +132,7 @@ class TritonModel:
     def _responses(
         self, requests: list[InferenceRequest], returned: Sequence[InferenceResponse | None] | None
     ) -> Sequence[Response | None] | None:
-        if self._context.decoupled:
+        if self._decoupled:
             if returned is not None:
                 raise InferenceError(
                     f"Python model '{self._context.instance_name}' is using the decoupled mode and the execute "
