@@ -26,6 +26,7 @@ SEQUENCES = "sequence batching is not served yet: the model is unavailable and s
 ENSEMBLES = "ensembles are not served yet: the model is unavailable and says why"
 CACHE = "the response cache is not served yet: the model is unavailable and says why"
 HEALTH_BODY = "the body that the protocol's specification asks for, where Triton sends none"
+REASON = "why the model is not ready is said as well"
 OTHER_APP = "the route belongs to the application that stands behind the v2 skin"
 
 # exchange -> why our answer is not Triton's
@@ -34,6 +35,9 @@ DEVIATIONS: dict[str, str] = {
     "GET /v2/health/live": HEALTH_BODY,
     "simple-ready-after-dep": HEALTH_BODY,
     "simple-ready-after-ensload": HEALTH_BODY,
+    "GET /v2/models/identity/versions/9/ready": REASON,
+    "GET /v2/models/nope/ready": REASON,
+    "GET /v2/models/broken_load/ready": REASON,
     "GET /": OTHER_APP,
     "GET /v1/models": OTHER_APP,
     "GET /metrics": OTHER_APP,
