@@ -69,6 +69,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._in_headers = False
         self._in_body = False
         self._is_only_headers = False  # what is being parsed: no other request's bytes are in it
+        self._num_idle_bytes = 0  # within a body, since its last byte: chunk headers and trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection; one too many is told so, and closed."""
@@ -91,12 +92,16 @@ class LimitedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._is_only_headers = not self._in_body
+        if self._in_body:
+            self._num_idle_bytes += len(data)  # none of them, if a byte of the body is among them
         super().data_received(data)
         if self._in_headers and self._is_only_headers:
             self._num_header_bytes += len(data)
         if self._in_headers and self._num_header_bytes > self._limits.max_header_bytes:
             limit = self._limits.max_header_bytes
             self._refuse(431, f"The request's headers are larger than the limit of {limit} bytes.", "headers_too_large")
+        elif self._in_body and self._num_idle_bytes > self._limits.max_header_bytes:
+            self._refuse_body(431, "The request's trailers are too large.", "headers_too_large")
         elif (self._in_headers or self._in_body) and self._reading is None and not self.transport.is_closing():
             if self._in_headers:
                 self._await_headers()
@@ -113,9 +118,20 @@ class LimitedConnection(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._in_headers = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One behind the body is a trailer, which nobody reads: it neither joins the headers nor is it kept."""
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._num_idle_bytes = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         """The body follows."""
         self._in_headers, self._in_body = False, True
+        self._num_idle_bytes = 0
         self._stop_reading()
         super().on_headers_complete()
 
@@ -151,16 +167,19 @@ class LimitedConnection(HttpToolsProtocol):
 
     def _body_late(self) -> None:
         self._reading = None
-        if self.cycle is not None and self.cycle.response_started:
-            self.transport.close()  # it has been answered without its body
-            return
         limit_s = self._limits.body_timeout_s
-        self._refuse(408, f"The request's body was not complete within {limit_s:g} s.", "request_timeout")
+        self._refuse_body(408, f"The request's body was not complete within {limit_s:g} s.", "request_timeout")
 
     def _reader_late(self) -> None:
         self._writing = None
         logger.info("a client did not read for %g s: its connection is closed", self._limits.send_timeout_s)
         self.transport.abort()  # closing would wait for it to read
+
+    def _refuse_body(self, status: int, message: str, code: str) -> None:
+        if self.cycle is not None and self.cycle.response_started:
+            self.transport.close()  # it has been answered without its body
+        else:
+            self._refuse(status, message, code)
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answers past the application, and closes."""

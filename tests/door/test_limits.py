@@ -183,3 +183,33 @@ def test_a_large_body_is_checked_beside_the_streams(serve_guarded: ServeGuarded)
         refused = client.post("/v1/chat/completions", json=many)
     assert refused.status_code == 400
     assert "more than 4096 messages" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("line", [b"x-more: " + b"y" * 1000 + b"\r\n", b"y" * 1000])
+@pytest.mark.parametrize("head", [POST, b"POST /nowhere HTTP/1.1\r\nhost: a\r\n"], ids=["read", "answered"])
+def test_trailers_without_end_are_not_kept(serve_guarded: ServeGuarded, head: bytes, line: bytes) -> None:
+    served = serve_guarded()
+    start = head + b"transfer-encoding: chunked\r\n\r\n0\r\nx: "
+    received, num_sent = b"", 0
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(OSError):
+            for num_sent in range(20_000):  # noqa: B007  # read below
+                connection.sendall(line)
+        with contextlib.suppress(OSError):
+            received = connection.recv(65536)
+    assert num_sent < 15_000  # what the sockets hold, and no more
+    assert received == b"" or received.startswith(b"HTTP/1.1 4")
+
+
+def test_a_trailer_is_no_header(serve_guarded: ServeGuarded) -> None:
+    body = json.dumps(ASK).encode()
+    sent = (
+        POST.replace(b"/v1/", b"/v1/chat/")
+        + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+        + b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+        + b"0\r\nx-request-timeout: soon\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", serve_guarded().port), timeout=10) as connection:
+        connection.sendall(sent)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
