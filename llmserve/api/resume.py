@@ -87,6 +87,8 @@ class ResumableStream:
         while True:
             if reader.displaced:
                 return b""
+            if reader.after < self._num_dropped:  # what is left would have a hole in it
+                raise self._error or StreamGoneError("Events that had not been read were dropped.")
             if reader.after < self._num_events:
                 return self._take(reader)
             if self._error is not None:
@@ -123,8 +125,14 @@ class ResumableStream:
                 self._append(opening + encoder.closing())
         except (LLMServeError, TimeoutError) as error:
             self._error = error
-        self._has_ended = True
-        self._news.set()
+        except Exception as error:
+            self._error = error  # its readers would wait for the rest of it
+            raise
+        finally:
+            self._has_ended = True
+            if not self._num_events:
+                self._on_gone()  # nothing was said: whoever asks again is no latecomer, and is let in or refused anew
+            self._news.set()
 
     def _append(self, events: bytes) -> None:
         """Drops the oldest beyond the bound; if those were still to be read, the stream is given up."""
@@ -207,17 +215,29 @@ class ResumableStreams:
         if stream is None:
             if after:
                 raise StreamGoneError("There is no stream of this Idempotency-Key to continue. Ask from the start.")
-            if len(self._streams) >= self._max_streams:
-                raise QueueFullError(f"{self._max_streams} streams wait for their clients already. Try again later.")
-            stream = ResumableStream(fingerprint, self._max_bytes, self.window_s, lambda: self._forget(place))
+            self._check_room()
+            stream = ResumableStream(fingerprint, self._max_bytes, self.window_s, lambda: self._forget(place, stream))
             self._streams[place] = stream
             stream.start(start, encoder)
         elif stream.fingerprint != fingerprint:
             raise StreamConflictError("The Idempotency-Key belongs to another request. Use a new one.")
         return stream.attach(after)
 
-    def _forget(self, place: tuple[str, str]) -> None:
-        self._streams.pop(place, None)
+    def _check_room(self) -> None:
+        """Raises QueueFullError. Streams outlast their requests, so no tenant may keep all there can be."""
+        tenant = current_request().tenant
+        if len(self._streams) >= self._max_streams:
+            raise QueueFullError(f"{self._max_streams} streams wait for their clients already. Try again later.")
+        own, share = sum(name == tenant.name for name, _ in self._streams), max(tenant.share * self._max_streams, 1)
+        if own >= share:
+            raise QueueFullError(
+                f"{own} streams of the key {tenant.name!r} wait for their clients: its share. Try again later."
+            )
+
+    def _forget(self, place: tuple[str, str], stream: ResumableStream | None) -> None:
+        """Another stream may have taken its place meanwhile."""
+        if self._streams.get(place) is stream:
+            del self._streams[place]
 
 
 def _event_id(text: str | None) -> int:

@@ -205,7 +205,8 @@ def test_trailers_without_end_are_not_kept(serve_guarded: ServeGuarded, head: by
 def test_a_trailer_is_no_header(serve_guarded: ServeGuarded) -> None:
     body = json.dumps(ASK).encode()
     sent = (
-        POST.replace(b"/v1/", b"/v1/chat/") + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+        POST.replace(b"/v1/", b"/v1/chat/")
+        + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
         + b"".join(b"1\r\n%c\r\n" % byte for byte in body)
         + b"0\r\nx-request-timeout: soon\r\n\r\n"
     )

@@ -15,6 +15,7 @@ from llmserve.api.resume import ResumableStreams, event_ids
 from llmserve.api.settings import ApiSettings
 from llmserve.backends.generation import GenerationDelta
 from llmserve.errors import QueueFullError, StreamGoneError
+from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
 from tests.door.conftest import GuardedServer, ServeGuarded
 
 STREAM = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}}
@@ -111,6 +112,18 @@ def test_an_error_before_the_first_event_has_its_status(served: GuardedServer) -
     assert refused.headers["retry-after"] == "3"
 
 
+def test_who_was_refused_may_ask_again_with_the_same_key(served: GuardedServer) -> None:
+    key = {"Idempotency-Key": "again-and-again"}
+    served.script.refuse = QueueFullError("full", 1.0)
+    with served.client() as client:
+        for _ in range(2):
+            assert client.post("/v1/chat/completions", json=STREAM, headers=key).status_code == 429
+        served.script.refuse = None
+        answer = client.post("/v1/chat/completions", json=STREAM, headers=key)
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert client.post("/v1/chat/completions", json=STREAM, headers=key).text == answer.text
+
+
 def test_who_does_not_come_back_is_given_up(serve_guarded: ServeGuarded) -> None:
     served = serve_guarded(settings=ApiSettings(resume_window_s=0.05))
     served.script.hold_after = 2
@@ -186,6 +199,61 @@ def test_the_buffer_is_bounded_and_nothing_is_left() -> None:
     assert num_left == 0
 
 
+class Broken(Numbered):
+    """Fails in a way nobody has thought of, behind an event."""
+
+    def encode(self, deltas: list[GenerationDelta]) -> bytes:
+        if next(self._ids) == b"id: 2\n":
+            raise ZeroDivisionError
+        return b"id: 1\ndata: x\n\n"
+
+
+async def use(encoder: Numbered, max_bytes: int, *, reads_late: bool) -> list[bytes]:
+    """All that a reader gets, until the error that ends it."""
+    streams = ResumableStreams(0.01, max_bytes=max_bytes)
+    start: Any = Endless
+    reader = streams.open("k", None, b"body", start, encoder)
+    got: list[bytes] = []
+    async with reader:
+        if reads_late:
+            await asyncio.sleep(0.05)
+        try:
+            async for events in reader:
+                got.append(events)
+        except (StreamGoneError, ZeroDivisionError):
+            return got
+    pytest.fail("it ended as if all were well")
+
+
+def test_a_reader_that_is_too_slow_gets_no_stream_with_a_hole() -> None:
+    assert asyncio.run(asyncio.wait_for(use(Numbered(), 2000, reads_late=True), 10)) == []
+
+
+def test_a_fault_of_ours_ends_the_stream_for_its_readers() -> None:
+    assert asyncio.run(asyncio.wait_for(use(Broken(), 2000, reads_late=False), 10)) == [b"id: 1\ndata: x\n\n"]
+
+
+def test_a_tenant_keeps_its_share_of_the_streams_and_no_more() -> None:
+    async def scenario() -> None:
+        streams = ResumableStreams(10.0, max_streams=4)
+        start: Any = Endless
+
+        def ask(name: str, key: str) -> None:
+            CURRENT_REQUEST.set(RequestContext(tenant=Tenant(name=name, share=0.5)))
+            streams.open(key, None, b"body", start, Numbered())
+
+        for key in ("1", "2", "2"):
+            ask("a", key)
+        with pytest.raises(QueueFullError, match="'a'"):
+            ask("a", "3")
+        ask("b", "1")
+        for stream in list(streams._streams.values()):
+            stream.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
 def test_a_newer_connection_takes_over(served: GuardedServer) -> None:
     served.script.hold_after = 5
     key = {"Idempotency-Key": "twice"}
@@ -207,7 +275,7 @@ def test_a_newer_connection_takes_over(served: GuardedServer) -> None:
 
 def _rest(lines: Iterator[str]) -> list[str]:
     """What still comes, until the connection ends in whatever way."""
-    rest = []
+    rest: list[str] = []
     with contextlib.suppress(httpx.HTTPError):
         rest.extend(lines)
     return rest
