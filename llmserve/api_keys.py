@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class ApiKeys:
         tenants: dict[bytes, Tenant] = {}
         by_name: dict[str, Tenant] = {}
         for position, entry in enumerate(read_key_file(self._path)):
-            tenant = _tenant(entry, f"{self._path}: keys[{position}]", self._by_name.get(entry.get("name", "")))
+            tenant = _tenant(entry, f"{self._path}: keys[{position}]", self._by_name)
             blinded = self._blinded(entry["sha256"].lower())
             if tenant.name in by_name or blinded in tenants:
                 raise ConfigError(f"{self._path}: the key {tenant.name!r} stands there twice.")
@@ -120,7 +120,7 @@ def read_key_file(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _tenant(entry: dict[str, Any], where: str, known: Tenant | None) -> Tenant:
+def _tenant(entry: dict[str, Any], where: str, known_tenants: Mapping[str, Tenant]) -> Tenant:
     """Raises ConfigError. What a known tenant has used, and what is left of its limits, stays with it."""
     if unknown := sorted(entry.keys() - set(_FIELDS)):
         raise ConfigError(f"{where}: unknown field {unknown[0]!r}. Known are {', '.join(_FIELDS)}.")
@@ -136,7 +136,7 @@ def _tenant(entry: dict[str, Any], where: str, known: Tenant | None) -> Tenant:
     requests = int(_number(entry, "requests_per_minute", 0, where, least=0, most=2**53))
     tokens = int(_number(entry, "tokens_per_minute", 0, where, least=0, most=2**53))
     tenant = Tenant(name=name, scopes=frozenset(scopes), weight=weight, share=share)
-    if known is not None:
+    if (known := known_tenants.get(name)) is not None:
         tenant.usage = known.usage
         tenant.limits = known.limits
     if (tenant.limits.requests.per_minute, tenant.limits.tokens.per_minute) != (requests, tokens):

@@ -24,7 +24,7 @@ from llmserve.api.v2_errors import error_text
 from llmserve.errors import DeadlineExceededError, InvalidRequestError, LLMServeError
 from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
 
-_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+_FORWARDED = (b"forwarded", b"x-forwarded-", b"x-real-ip", b"via")  # how the names begin that proxies add
 _MAX_ID_CHARS = 128
 _MAX_TIMEOUT_S = 86_400.0
 Headers = dict[bytes, bytes]
@@ -189,9 +189,12 @@ def _is_local(scope: Scope, headers: Headers) -> bool:
     A page can send a request to a loopback address, but not without naming its origin, or the host it was fooled about.
     """
     client = scope.get("client")
-    if client is None or not is_loopback(client[0]) or any(name in headers for name in _FORWARDED):
+    if client is None or not is_loopback(client[0]) or any(name.startswith(_FORWARDED) for name in headers):
         return False
     origin = headers.get(b"origin", b"").decode("latin-1")
-    if origin and not is_loopback(urlsplit(origin).hostname or ""):
+    try:
+        if origin and not is_loopback(urlsplit(origin).hostname or ""):
+            return False
+    except ValueError:  # no address at all
         return False
     return is_loopback(headers.get(b"host", b"localhost").decode("latin-1"))

@@ -116,6 +116,8 @@ ADMIN_REQUEST = ("POST", "/v2/logging")
         {"Forwarded": "for=127.0.0.1"},
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://[evil"},
+        {"X-Forwarded-Host": "models.example", "X-Forwarded-Proto": "https"},
         {"Host": "evil.example"},
     ],
     ids=str,

@@ -64,7 +64,7 @@ def test_what_a_tenant_has_used_survives_a_change_of_the_file(tmp_path: Path) ->
     assert changed.limits is alice.limits
 
 
-@pytest.mark.parametrize("broken", ["[[keys]]\nname = 1", "not toml", None])
+@pytest.mark.parametrize("broken", ["[[keys]]\nname = 1", "[[keys]]\nname = [1]", "not toml", None])
 def test_a_broken_file_locks_nobody_out(tmp_path: Path, broken: str | None, caplog: pytest.LogCaptureFixture) -> None:
     path, clock = tmp_path / "keys.toml", Clock()
     key = write_keys(path, alice="")["alice"]
