@@ -79,6 +79,8 @@ class PackedMatrix:
         rows = self._rows(part)
         count = len(rows.values)
         if self.type_name == "INT8":
+            if bool(rows.zeros.any()):
+                raise ModelLoadError(f"{self._where}: zero points other than 0, but the configuration says symmetric.")
             scales = rows.scales.expand(count, 1).contiguous().view(torch.uint8)
             out.copy_(torch.cat((scales, rows.values.to(torch.int8).view(torch.uint8)), dim=1))
             return
@@ -88,7 +90,10 @@ class PackedMatrix:
         values = rows.values.view(count, -1, BLOCK)
         factors = [scales.half()]
         if self.type_name == "Q8_0":
-            quants = (values - zeros[..., None]).to(torch.int8).view(torch.uint8)
+            whole = values - zeros[..., None]
+            if bool(((whole < -128) | (whole > 127)).any()):
+                raise ModelLoadError(f"{self._where}: zero points far from 128, but the configuration says symmetric.")
+            quants = whole.to(torch.int8).view(torch.uint8)
         else:
             nibbles = values.to(torch.uint8)
             quants = nibbles[:, :, : BLOCK // 2] | nibbles[:, :, BLOCK // 2 :] << 4

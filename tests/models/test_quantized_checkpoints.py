@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from llmserve.config import EngineConfig
 from llmserve.errors import ModelLoadError
 from llmserve.kernels.cpu.build import find_compiler
+from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.config import read_model_config
+from llmserve.models.packed_weights import PackedMatrix
 from llmserve.models.weights import open_weights
 from llmserve.worker.loader import prepare_model
 from tests.models import checkpoint_packers as packers
@@ -319,3 +321,22 @@ class TestRefusals:
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ModelLoadError, match=r"type I32.*quantization_config"):
             load(folder)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "int"])
+def test_zero_points_that_symmetric_8_bit_blocks_cannot_hold_are_refused(layout: str) -> None:
+    values, scales, zeros = packers.random_integers((32, 64), 8, 64, 0, symmetric=True)
+    values[0, 0] = 0
+    zeros = zeros + 1  # as where a "gptq_v2" checkpoint calls itself "gptq"
+    group_of = torch.zeros(64, dtype=torch.int64)
+    if layout == "gptq":
+        quantization = CheckpointQuantization(method="gptq", layout="gptq", bits=8, group_size=64, zero_offset=1)
+        tensors = packers.gptq(values, scales, zeros, 8, group_of)
+    else:
+        quantization = CheckpointQuantization(method="compressed-tensors", layout="int", bits=8)
+        tensors = {"weight": (values - 128).to(torch.int8), "weight_scale": scales}
+        tensors["weight_zero_point"] = (zeros - 128).to(torch.int8)
+    matrix = PackedMatrix("x", tensors, quantization)
+    row_bytes = 64 + 4 if layout == "int" else 2 * 34
+    with pytest.raises(ModelLoadError, match="says symmetric"):
+        matrix.read_raw(torch.empty(32, row_bytes, dtype=torch.uint8), slice(0, 32))
