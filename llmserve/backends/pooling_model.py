@@ -82,6 +82,7 @@ class PoolingModel:
         self._instances: list[Instance] = []
         self._jobs: set[PoolingJob] = set()
         self._num_jobs = 0
+        self._num_coming = 0  # texts that were let in and are being tokenised
         self._serving = False
         self._reason = "it is not loaded"
         self._finished = asyncio.Event()
@@ -193,6 +194,7 @@ class PoolingModel:
         """
         assert inputs
         begin_ns = time.monotonic_ns()
+        num_admitted = 0
         method = self.metrics.count_request(len(inputs))
         self._statistics.pending += 1
         self._num_jobs += 1
@@ -200,6 +202,8 @@ class PoolingModel:
         failure = FailureReason.CANCELED  # unless something else ends it
         try:
             self._admit(len(inputs))
+            num_admitted = len(inputs)
+            self._num_coming += num_admitted
             self._jobs.add(job)
             async with asyncio.timeout(self._policy.timeout_s(timeout_s) or None):
                 await self._submit_all(job, inputs, task, truncation, param, add_special_tokens)
@@ -211,6 +215,7 @@ class PoolingModel:
             failure = self._count_failure(error)
             raise
         finally:
+            self._num_coming -= num_admitted - len(job.num_tokens)  # those that were never queued
             self._texts.close(job)
             self._jobs.discard(job)
             if not self._jobs:
@@ -235,10 +240,10 @@ class PoolingModel:
         if not self._serving or not self._texts.may_serve_soon():
             raise self._not_ready(self.reason or "it is restarting")
         current_request().tenant.require_tokens(1, time.monotonic())
-        limit = self._policy.max_queue_size
-        if limit and len(self._texts.batcher) + num_texts > limit:
+        limit, num_queued = self._policy.max_queue_size, len(self._texts.batcher) + self._num_coming
+        if limit and num_queued + num_texts > limit:
             raise QueueFullError(
-                f"{len(self._texts.batcher)} texts wait for {self.name!r}, and with this request's {num_texts} there "
+                f"{num_queued} texts wait for {self.name!r}, and with this request's {num_texts} there "
                 f"would be more than {limit}. Try again later, or send fewer texts in a request."
             )
 
@@ -270,6 +275,7 @@ class PoolingModel:
             encoded = encode() if is_short else await asyncio.to_thread(encode)
             job.tokenization_ns += time.monotonic_ns() - begin_ns
             for offset, text in enumerate(encoded):
+                self._num_coming -= 1
                 self._texts.submit(job, begin + offset, text, task)
 
 

@@ -113,6 +113,19 @@ async def test_a_full_queue_refuses_a_request_whole_and_says_so(running: Running
 
 
 @in_loop
+async def test_texts_that_are_being_tokenised_have_their_room_in_the_queue(running: Running) -> None:
+    async with running(max_queue_size=4) as model:
+        texts, cut = ["dog " * 1000] * 3, Truncation(allowed=True)  # long: another thread has them for a while
+        asked = [model.pool(texts, "embed", cut) for _ in range(3)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers[1:]] == [QueueFullError, QueueFullError]
+        with pytest.raises(InvalidRequestError):
+            await model.pool(["dog " * 1000], "embed")
+        for _ in range(3):  # nothing is left in the books
+            assert len((await model.pool(["a", "b", "c", "d"], "embed")).rows) == 4
+
+
+@in_loop
 async def test_a_deadline_ends_the_wait(running: Running) -> None:
     async with running(allow_timeout_override=True) as model:
         await held(model)
