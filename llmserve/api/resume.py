@@ -128,13 +128,14 @@ class ResumableStream:
                 self._append(opening + encoder.closing())
         except (LLMServeError, TimeoutError) as error:
             self._error = error
-        except Exception as error:  # its readers would wait for the rest of it
-            logger.exception("a resumable stream failed")
-            self._error = error
-        self._has_ended = True
-        if not self._num_events:
-            self._on_gone()  # nothing was said: whoever asks again is no latecomer, and is let in or refused anew
-        self._news.set()
+        except Exception as error:
+            self._error = error  # its readers would wait for the rest of it
+            raise
+        finally:
+            self._has_ended = True
+            if not self._num_events:
+                self._on_gone()  # nothing was said: whoever asks again is no latecomer, and is let in or refused anew
+            self._news.set()
 
     def _append(self, events: bytes) -> None:
         """Drops the oldest beyond the bound; if those were still to be read, the stream is given up."""
