@@ -95,9 +95,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        path = request.url.path
+        known = {getattr(route, "path", "") for route in app.routes}
+        meant = f"Did you mean /v1{path}?" if f"/v1{path}" in known else "GET / lists what there is."
         messages = {
-            404: f"There is no {request.url.path} here. GET / lists what there is.",
-            405: f"{request.url.path} does not answer {request.method}.",
+            404: f"There is no {path} here. {meant}",
+            405: f"{path} does not answer {request.method}.",
         }
         codes = {404: "not_found", 405: "method_not_allowed"}
         status = error.status_code

@@ -17,6 +17,7 @@ from llmserve.api.protocol import StreamOptions
 from llmserve.api.resume import AsItStands, event_ids
 from llmserve.api.stream import EventStreamResponse
 from llmserve.backends.generation import Generation, GenerationDelta
+from llmserve.errors import StreamGoneError
 
 
 async def run_whole(
@@ -72,7 +73,10 @@ def run_stream(
         on_disconnect=context.metrics.model(model_name).client_disconnected,
         headers={"X-Request-Id": envelope["id"]},
     )
+    last_event_id = http_request.headers.get("last-event-id")
+    if key and last_event_id not in (None, "", "0") and not streams.window_s:
+        raise StreamGoneError("This server keeps no streams to continue. Start it with --resume-window-s 30.")
     if not key or not streams.window_s:
         return respond(start, encoder)
-    reader = streams.open(key, http_request.headers.get("last-event-id"), fingerprint, start, encoder)
+    reader = streams.open(key, last_event_id, fingerprint, start, encoder)
     return respond(lambda: reader, AsItStands())

@@ -65,7 +65,8 @@ def ready(context: ApiContext) -> Response:
 
 def _reasons(context: ApiContext) -> dict[str, dict[str, str]]:
     """Why those models are not ready that are not."""
-    reasons = {name: context.models.get(name).reason for name in context.models.names}
+    reasons = {} if context.plane is None else context.plane.unready_reasons()
+    reasons.update((name, context.models.get(name).reason) for name in context.models.names)
     return {"reasons": {name: reason for name, reason in reasons.items() if reason}} if any(reasons.values()) else {}
 
 

@@ -121,6 +121,7 @@ class DataPlane:
         reasons.update((llm.name, llm.reason) for llm in self._llms() if not llm.ready)
         for model in self._repository.models:
             reasons.update((model.name, served.reason) for served in model.serving if not served.ready)
+        reasons.update(self._repository.missing)
         return reasons
 
     def server_metadata(self) -> ServerMetadata:

@@ -42,11 +42,11 @@ def download_file(repository: str, file: str, revision: str | None, progress: Pr
 
 
 def _not_had(name: str, error: Exception) -> ModelLoadError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     offline = " HF_HUB_OFFLINE is set, so only the hub's cache was searched." if constants.HF_HUB_OFFLINE else ""
     return ModelLoadError(
         f"{name!r} is no file, folder or embedded model here, and the Hugging Face hub ({constants.ENDPOINT}) did not "
-        f"give it: {reason}{offline} Check the name and the network, log in with `hf auth login` if the model is "
+        f"give it: {reason}.{offline} Check the name and the network, log in with `hf auth login` if the model is "
         "gated, or give a folder or a .gguf file."
     )
 

@@ -53,6 +53,13 @@ class ModelLifecycle:
         return bool(serving) and all(version.ready for version in serving)
 
     @property
+    def failure(self) -> str:
+        """Why the last load failed, if nothing serves and something was asked to."""
+        if self.serving:
+            return ""
+        return next((entry.reason for entry in reversed(self.index()) if entry.reason), "")
+
+    @property
     def loaded_once(self) -> bool:
         """Whether a load was ever asked for."""
         return bool(self._versions) or self.error is not None

@@ -100,6 +100,14 @@ class ModelRepository:
             return all(model.ready for model in self._models.values() if model.serving)
         return all(model.ready for name, model in self._models.items() if name in self._known)
 
+    @property
+    def missing(self) -> dict[str, str]:
+        """The models that should serve and do not, with what their load failed on."""
+        settings = self.settings
+        if not settings.strict_readiness or settings.model_control_mode is ModelControlMode.EXPLICIT:
+            return {}
+        return {name: model.failure for name, model in self._models.items() if name in self._known and model.failure}
+
     # Looking.
 
     def has(self, name: str) -> bool:

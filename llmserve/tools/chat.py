@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import ssl
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _explain(error: ClientError, url: str) -> str:
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return f"{error}\nTo trust a certificate of your own: SSL_CERT_FILE=tls.crt llmserve chat --url {url}"
     if error.kind == "connect":
         return f"No server answers at {url} ({error})\nStart one with `llmserve serve`, or say where it is with --url."
     return f"llmserve chat: {error}"

@@ -154,6 +154,8 @@ class Connection(asyncio.Protocol):
         if self._failure is not None:
             raise self._failure
         if self.lost is not None:
+            if not self.received_any:
+                raise ClientError("disconnected", f"No answer came: {self.lost}. If it speaks TLS, ask with https://.")
             raise ClientError("disconnected", f"The answer broke off: {self.lost}.")
         self._waiter = asyncio.get_running_loop().create_future()
         try:

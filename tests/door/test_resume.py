@@ -124,6 +124,15 @@ def test_who_was_refused_may_ask_again_with_the_same_key(served: GuardedServer) 
         assert client.post("/v1/chat/completions", json=STREAM, headers=key).text == answer.text
 
 
+def test_a_server_that_keeps_no_streams_says_so(serve_guarded: ServeGuarded) -> None:
+    key = {"Idempotency-Key": "k"}
+    with serve_guarded().client() as client:
+        assert client.post("/v1/chat/completions", json=STREAM, headers=key).is_success
+        refused = client.post("/v1/chat/completions", json=STREAM, headers=key | {"Last-Event-ID": "1"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (410, "stream_not_found")
+    assert "--resume-window-s" in refused.text
+
+
 def test_who_does_not_come_back_is_given_up(serve_guarded: ServeGuarded) -> None:
     served = serve_guarded(settings=ApiSettings(resume_window_s=0.05))
     served.script.hold_after = 2

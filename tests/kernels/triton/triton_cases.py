@@ -50,6 +50,7 @@ class SmallTileOps(TritonOps):
         scale: float,
         sliding_window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, TritonKVCache)
         min_programs = 10**9 if q.shape[0] <= self._split else 0
