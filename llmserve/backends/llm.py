@@ -156,6 +156,7 @@ class LLM:
     def on_idle(self, stats: EngineStats) -> None:
         """The gauges, while there are no steps."""
         self.metrics.observe_step(stats)
+        self._admission.num_engine_waiting = stats.num_waiting
 
     def on_failed(self, request_ids: list[str], error: LLMServeError) -> None:
         """These sequences cannot go on, nor the requests they belong to."""
