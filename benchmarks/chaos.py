@@ -177,7 +177,7 @@ class Chaos:
         before = server.holdings()
         report.rss_mib.append(server.info.memory_info().rss / 2**20)
         report.longest_pause_s = 0.0
-        harm = asyncio.create_task(self._do_harm())
+        harm = asyncio.create_task(self._do_harm(time.monotonic() + seconds))
         await self._crowd(seconds)
         harm.cancel()
         await asyncio.gather(harm, return_exceptions=True)
@@ -241,9 +241,10 @@ class Chaos:
             for index, (token_ids, texts, scores, reasons) in sorted(parts.items())
         }
 
-    async def _do_harm(self) -> None:
+    async def _do_harm(self, until_s: float) -> None:
+        """Until then only: a version that is being replaced has a bounded time for its last streams."""
         source = random.Random(RANDOM_SEED)
-        while True:
+        while time.monotonic() < until_s:
             await asyncio.sleep(source.uniform(*self._pause_s))
             what = source.choices(_HARM, _HARM_WEIGHTS)[0]
             engines = self._server.engines()
