@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def request(name: str, **fields: Any) -> InferRequest:
 
 
 async def tags(repository: ModelRepository, name: str, version: int | None = None) -> list[Any]:
-    return [r.parameters.get("tag") async for r in repository.find(name).find(version).infer(request(name))]
+    async with aclosing(repository.find(name).find(version).infer(request(name))) as responses:
+        return [response.parameters.get("tag") async for response in responses]
 
 
 async def lines(repository: ModelRepository) -> list[tuple[str, str, str]]:
