@@ -37,7 +37,6 @@ class LimitedConnections:
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self._limits = limits
-        self.num_refused = 0
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ from llmserve.backends.batch_message import batch_message, read_response
 from llmserve.backends.infer_stream import InferStream
 from llmserve.backends.inline_instance import InlineInstance
 from llmserve.backends.instance import InstanceSettings
-from llmserve.backends.instance_pool import Instance, InstanceState, ProcessInstance
+from llmserve.backends.instance_pool import Instance, InstanceState, ProcessInstance, pids_of, states_of
 from llmserve.backends.model_config import batcher_config, complete, launches, length_buckets, to_dict
 from llmserve.backends.model_messages import MetricSample, Results, Signature
 from llmserve.backends.registry import find_backend
@@ -111,12 +111,12 @@ class GeneralModel:
         """Why it is not ready; empty when it is."""
         if self.is_ready():
             return ""
-        return self._reason or "; ".join(f"{i.name} is {i.state}: {i.reason}" for i in self._instances)
+        return self._reason or states_of(self._instances)
 
     @property
     def pids(self) -> list[int]:
         """The processes of its instances."""
-        return [instance.pid for instance in self._instances if instance.pid is not None]
+        return pids_of(self._instances)
 
     def is_ready(self) -> bool:
         """Whether a request would be run now."""

@@ -7,7 +7,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from llmserve.backends.instance import InstanceProcess, InstanceSettings
@@ -93,6 +93,16 @@ class Instance(Protocol):
     def pid(self) -> int | None:
         """Its process, if it has one of its own."""
         ...
+
+
+def states_of(instances: Iterable[Instance]) -> str:
+    """What each is doing and why, for people."""
+    return "; ".join(f"{instance.name} is {instance.state}: {instance.reason}" for instance in instances)
+
+
+def pids_of(instances: Iterable[Instance]) -> list[int]:
+    """The processes that run now."""
+    return [instance.pid for instance in instances if instance.pid is not None]
 
 
 class ProcessInstance:

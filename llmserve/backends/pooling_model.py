@@ -17,7 +17,7 @@ from typing import Any
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from llmserve.backends.instance import InstanceSettings
-from llmserve.backends.instance_pool import Instance, ProcessInstance
+from llmserve.backends.instance_pool import Instance, ProcessInstance, pids_of, states_of
 from llmserve.backends.model_config import batcher_config, launches, to_dict
 from llmserve.backends.model_messages import MetricSample
 from llmserve.backends.pooling_job import Pooled, PoolingJob, PoolingTask
@@ -99,12 +99,12 @@ class PoolingModel:
         """Why it is not ready; empty when it is."""
         if self.is_ready():
             return ""
-        return self._reason or "; ".join(f"{i.name} is {i.state}: {i.reason}" for i in self._instances)
+        return self._reason or states_of(self._instances)
 
     @property
     def pids(self) -> list[int]:
         """The processes of its instances."""
-        return [instance.pid for instance in self._instances if instance.pid is not None]
+        return pids_of(self._instances)
 
     def is_ready(self) -> bool:
         """Whether a text would be computed now."""

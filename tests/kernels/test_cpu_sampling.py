@@ -8,6 +8,7 @@ import torch
 from llmserve.kernels.ops import SamplingTensors
 from llmserve.kernels.reference import ReferenceOps
 from tests.kernels.cpu_cases import ISA_NAMES, cpu_ops, needs_compiler
+from tests.kernels.sampling_cases import DRAWS
 
 pytestmark = needs_compiler
 REFERENCE = ReferenceOps()
@@ -32,21 +33,7 @@ def _sampling(
 
 @pytest.mark.parametrize("isa", ISA_NAMES)
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"temperature": 0.0},
-        {"temperature": 0.7},
-        {"top_k": 1},
-        {"top_k": 50},
-        {"top_k": 10**6},
-        {"top_p": 0.9},
-        {"top_p": 1e-6},
-        {"min_p": 0.1},
-        {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("parameters", DRAWS, ids=str)
 def test_draws_equal_the_reference(isa: str, spread: float, parameters: dict[str, float]) -> None:
     rows, vocab = 24, 5003
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * spread

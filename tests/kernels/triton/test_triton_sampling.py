@@ -13,6 +13,7 @@ from llmserve.kernels.ops import SamplingTensors
 from llmserve.kernels.reference_sampling import gumbel_noise
 from llmserve.kernels.triton.noise import gumbel, noise_keys
 from llmserve.kernels.triton.sampling import sample
+from tests.kernels.sampling_cases import DRAWS
 from tests.kernels.triton.triton_cases import DEVICE, REFERENCE
 
 SEEDS = [0, 1, -1, 42, 2**31, 2**63 - 1, -(2**63), 0x123456789ABCDEF]
@@ -61,21 +62,7 @@ def test_noise_is_that_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"temperature": 0.0},
-        {"temperature": 0.7},
-        {"top_k": 1},
-        {"top_k": 50},
-        {"top_k": 10**6},
-        {"top_p": 0.9},
-        {"top_p": 1e-6},
-        {"min_p": 0.1},
-        {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("parameters", DRAWS, ids=str)
 def test_draws_equal_the_reference(spread: float, parameters: dict[str, float]) -> None:
     rows, vocab = 6, 5003  # two chunks
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * spread
