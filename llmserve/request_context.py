@@ -50,6 +50,7 @@ class Tenant:
 
 
 EVERYONE = Tenant(name="")
+STRANGER = Tenant(name="")  # asks without a known key where keys are set: gets a yes or a no, and no details
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.types import ASGIApp
+from starlette.routing import Match
+from starlette.types import ASGIApp, Scope
 
 from llmserve import __version__
 from llmserve.api import chat, completions, docs_page, status, tokens
@@ -47,11 +48,19 @@ def create_app(
     `entrance` is what stands before every route; without one, it is that of a server without keys. Behind it come the
     routes of `/v2`, which answer past the framework and its middleware, and then all others.
     """
-    app: ASGIApp = create_routes(models, settings, metrics, plane, pooling)
+    routes = create_routes(models, settings, metrics, plane, pooling)
+    app: ASGIApp = routes
+    v2 = None
     if plane is not None:
         limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
-        app = V2Http(app, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
-    return (entrance or Entrance()).wrap(app)
+        app = v2 = V2Http(app, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
+
+    def has_route(scope: Scope) -> bool:
+        if v2 is not None and v2.takes(scope["path"]):
+            return v2.has_route(scope)
+        return any(route.matches(scope)[0] is not Match.NONE for route in routes.routes)
+
+    return (entrance or Entrance()).wrap(app, has_route)
 
 
 def create_routes(

@@ -16,15 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmserve.api.deadline import Deadline
 from llmserve.api.errors import error_body, error_response
-from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
+from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_from_proxy, is_loopback
 from llmserve.api.http_metrics import DIRECT_SEND
 from llmserve.api.pooling_routes import COHERE_PATHS
-from llmserve.api.scopes import http_scope
+from llmserve.api.scopes import ADMIN, ANY, http_scope
 from llmserve.api.v2_errors import error_text
 from llmserve.errors import DeadlineExceededError, InvalidRequestError, LLMServeError
 from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
 
-_FORWARDED = (b"forwarded", b"x-forwarded-", b"x-real-ip", b"via")  # how the names begin that proxies add
 _MAX_ID_CHARS = 128
 _MAX_TIMEOUT_S = 86_400.0
 Headers = dict[bytes, bytes]
@@ -42,8 +41,11 @@ class Door:
         request_timeout_s: float = 0.0,
         on_begin: Callable[[RequestContext, str], None] | None = None,
         on_end: Callable[[RequestContext], None] | None = None,
+        has_route: Callable[[Scope], bool] = lambda scope: True,
     ) -> None:
+        """`has_route`: whether anything answers there; without it, all that is not known by name is closed."""
         self._app = app
+        self._has_route = has_route
         self._gatekeeper = gatekeeper
         self._request_timeout_s = request_timeout_s
         self._on_begin = on_begin
@@ -82,7 +84,10 @@ class Door:
                 headers.get(b"x-api-key", b"").decode("latin-1"),
                 headers.get(b"api-key", b"").decode("latin-1"),
             )
-        return self._gatekeeper.admit(key, http_scope(scope["path"]), lambda: _is_local(scope, headers))
+        needed = http_scope(scope["path"])
+        if needed == ADMIN and not self._has_route(scope):
+            needed = ANY  # to whoever may ask at all: there is nothing there
+        return self._gatekeeper.admit(key, needed, lambda: _is_local(scope, headers))
 
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         """Raises DeadlineExceededError once the request's time is up; whatever it had started has been left then."""
@@ -192,7 +197,9 @@ def _is_local(scope: Scope, headers: Headers) -> bool:
     A page can send a request to a loopback address, but not without naming its origin, or the host it was fooled about.
     """
     client = scope.get("client")
-    if client is None or not is_loopback(client[0]) or any(name.startswith(_FORWARDED) for name in headers):
+    if scope.get("http_version") == "1.0":  # nginx asks in it, with the host name of its own configuration
+        return False
+    if client is None or not is_loopback(client[0]) or any(is_from_proxy(name.decode("latin-1")) for name in headers):
         return False
     origin = headers.get(b"origin", b"").decode("latin-1")
     try:

@@ -5,12 +5,13 @@ Knows no route. HTTP and gRPC each get their door here, over the same gatekeeper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
@@ -46,14 +47,15 @@ class Entrance:
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
-    def wrap(self, app: ASGIApp) -> ASGIApp:
-        """`app` behind the door: the only way to it."""
+    def wrap(self, app: ASGIApp, has_route: Callable[[Scope], bool] = lambda scope: True) -> ASGIApp:
+        """`app` behind the door: the only way to it. `has_route`: whether it has an answer there."""
         guarded: ASGIApp = Door(
             app,
             gatekeeper=self._gatekeeper,
             request_timeout_s=self._config.request_timeout_s,
             on_begin=self._begin,
             on_end=self._end,
+            has_route=has_route,
         )
         if self._config.cors_origin:  # before the door: a preflight carries no key
             guarded = CORSMiddleware(

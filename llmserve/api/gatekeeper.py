@@ -9,11 +9,11 @@ from collections.abc import Callable
 from llmserve.api.scopes import ADMIN, ANY, OPEN
 from llmserve.api_keys import ApiKeys
 from llmserve.errors import ForbiddenError, RateLimitError, UnauthorizedError
-from llmserve.request_context import EVERYONE, Tenant
+from llmserve.request_context import EVERYONE, STRANGER, Tenant
 
 
 class Gatekeeper:
-    """With a file of keys, everything but liveness needs one. Without, only what changes the server is closed: to all
+    """With a file of keys, everything but the probes needs one. Without, only what changes the server is closed: to all
     but this machine."""
 
     def __init__(self, keys: ApiKeys | None) -> None:
@@ -29,8 +29,6 @@ class Gatekeeper:
 
         Raises UnauthorizedError, ForbiddenError, RateLimitError.
         """
-        if scope == OPEN:
-            return EVERYONE
         if self._keys is None:
             if scope == ADMIN and not is_local():
                 raise ForbiddenError(
@@ -38,6 +36,8 @@ class Gatekeeper:
                     "Start the server with --api-keys, and ask with a key that has the scope 'admin'."
                 )
             return EVERYONE
+        if scope == OPEN:
+            return (self._keys.find(key) if key else None) or STRANGER
         if not key:
             raise UnauthorizedError("You did not provide an API key. Send it as 'Authorization: Bearer <key>'.")
         tenant = self._keys.find(key)
@@ -70,6 +70,11 @@ def bearer_key(authorization: str, *alternatives: str) -> str | None:
     if kind.lower() == "bearer" and value.strip():
         return value.strip()
     return next((other.strip() for other in alternatives if other.strip()), None)
+
+
+def is_from_proxy(header: str) -> bool:
+    """Whether a header (or a gRPC metadata key), in lower case, is one that proxies add."""
+    return header.startswith(("forwarded", "x-forwarded-", "x-real-ip", "via", "x-envoy-"))
 
 
 def is_loopback(host: str) -> bool:

@@ -5,15 +5,14 @@ Knows no key and no request.
 
 from __future__ import annotations
 
-OPEN = "open"  # anyone: whether the process lives
+OPEN = "open"  # anyone: whether the server lives, and whether it is ready. Orchestrators carry no keys
 ANY = "any"  # whoever has a key
 INFER, METRICS, ADMIN = "infer", "metrics", "admin"
 
 _EXACT = {
-    "/health": OPEN,
-    "/v2/health/live": OPEN,
-    **dict.fromkeys(("/", "/docs", "/openapi.json", "/version", "/ready", "/v1/models"), ANY),
-    **dict.fromkeys(("/v2", "/v2/", "/v2/health/ready", "/v2/repository/index"), ANY),
+    **dict.fromkeys(("/health", "/ready", "/v2/health/live", "/v2/health/ready"), OPEN),
+    **dict.fromkeys(("/", "/docs", "/openapi.json", "/version", "/v1/models"), ANY),
+    **dict.fromkeys(("/v2", "/v2/", "/v2/repository/index"), ANY),
     **dict.fromkeys(("/metrics", "/v2/models/stats"), METRICS),
     **dict.fromkeys(("/tokenize", "/detokenize", "/rerank", "/v2/rerank", "/v2/embed", "/score", "/classify"), INFER),
     **dict.fromkeys(("/pooling", "/embed", "/embed_all", "/embeddings", "/predict", "/similarity"), INFER),
@@ -30,8 +29,8 @@ _V2_MODEL = {
 }
 _GRPC_SERVICE = "/inference.GRPCInferenceService/"
 _GRPC = {
-    "ServerLive": OPEN,
-    **dict.fromkeys(("ServerReady", "ServerMetadata", "ModelReady", "RepositoryIndex"), ANY),
+    **dict.fromkeys(("ServerLive", "ServerReady"), OPEN),
+    **dict.fromkeys(("ServerMetadata", "ModelReady", "RepositoryIndex"), ANY),
     **dict.fromkeys(("ModelInfer", "ModelStreamInfer", "ModelMetadata", "ModelConfig"), INFER),
     "ModelStatistics": METRICS,
 }

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from llmserve import __version__
 from llmserve.api.context import ApiContext, json_response
 from llmserve.backends.generation import TextGenerator
+from llmserve.request_context import STRANGER, current_request
 
 
 def list_models(context: ApiContext) -> Response:
@@ -51,16 +52,21 @@ def health(context: ApiContext) -> Response:
     """GET /health: 503 if an engine is gone and cannot be brought back. Restarting the server would help then."""
     live = {name: context.models.get(name).is_live() for name in context.models.names}
     ok = all(live.values())
-    answer = {"status": "ok" if ok else "unhealthy", "live": live, **_reasons(context)}
-    return json_response(answer, 200 if ok else 503)
+    return _probe_answer("ok" if ok else "unhealthy", ok, {"live": live}, context)
 
 
 def ready(context: ApiContext) -> Response:
     """GET /ready: 503 while a model does not take requests. Waiting, or sending them elsewhere, would help then."""
     is_ready = {name: context.models.get(name).is_ready() for name in context.models.names}
     ok = all(is_ready.values()) and (bool(is_ready) if context.plane is None else context.plane.server_ready())
-    answer = {"status": "ready" if ok else "not ready", "ready": is_ready, **_reasons(context)}
-    return json_response(answer, 200 if ok else 503)
+    return _probe_answer("ready" if ok else "not ready", ok, {"ready": is_ready}, context)
+
+
+def _probe_answer(status: str, ok: bool, models: dict[str, dict[str, bool]], context: ApiContext) -> Response:
+    """Which models there are, and what is wrong with them, is not a stranger's business."""
+    is_stranger = current_request().tenant is STRANGER
+    details = {} if is_stranger else {**models, **_reasons(context)}
+    return json_response({"status": status, **details}, 200 if ok else 503)
 
 
 def _reasons(context: ApiContext) -> dict[str, dict[str, str]]:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
-from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_loopback
+from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_from_proxy, is_loopback
 from llmserve.api.scopes import grpc_scope
 from llmserve.errors import ForbiddenError, LLMServeError, RateLimitError, UnauthorizedError
 from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
@@ -72,7 +72,7 @@ class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no
         """Raises UnauthorizedError, ForbiddenError, RateLimitError."""
         key = bearer_key(metadata.get("authorization", ""), metadata.get("x-api-key", ""))
         return self._gatekeeper.admit(
-            key, grpc_scope(method), lambda: _is_local_peer(peer) and "x-forwarded-for" not in metadata
+            key, grpc_scope(method), lambda: _is_local_peer(peer) and not any(map(is_from_proxy, metadata))
         )
 
     def began(self, context: RequestContext, traceparent: str) -> None:

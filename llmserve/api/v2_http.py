@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -83,7 +84,7 @@ class V2Http:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One exchange."""
         path: str = scope.get("path", "")
-        if scope["type"] != "http" or path in self._others or not (path.startswith("/v2/") or path == "/v2"):
+        if scope["type"] != "http" or not self.takes(path):
             await self._app(scope, receive, send)
             return
         begin_s = time.monotonic()
@@ -96,6 +97,15 @@ class V2Http:
         finally:
             if self._metrics is not None:
                 self._metrics.observe(template, call.method, call.status, time.monotonic() - begin_s)
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is this protocol's."""
+        return (path.startswith("/v2/") or path == "/v2") and path not in self._others
+
+    def has_route(self, scope: Scope) -> bool:
+        """Whether one of its paths is answered, by whatever method."""
+        call = HttpCall(scope, _nobody, _nobody, self._settings, self._watches)
+        return bool(_route(scope["path"].split("/")[2:], call)[1])
 
     async def _answer(self, call: HttpCall, methods: Methods) -> None:
         handler = methods.get(call.method)
@@ -120,6 +130,10 @@ class V2Http:
     def _status(self, error: LLMServeError) -> int | None:
         """Triton calls a body that it cannot read an internal error."""
         return 500 if isinstance(error, MalformedRequestError) and self._settings.triton_error_statuses else None
+
+
+async def _nobody(*_: object) -> Any:
+    raise AssertionError("only the path was to be looked at")
 
 
 def _route(segments: list[str], call: HttpCall) -> tuple[str, Methods]:

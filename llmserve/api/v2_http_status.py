@@ -8,6 +8,7 @@ from llmserve.api.v2_http_call import HttpAnswer, HttpCall
 from llmserve.api.v2_statistics import statistics_json
 from llmserve.backends.model_config import to_dict
 from llmserve.repository.data_plane import DataPlane, TensorMetadata
+from llmserve.request_context import STRANGER, current_request
 
 
 async def live(call: HttpCall, plane: DataPlane) -> HttpAnswer:
@@ -19,7 +20,7 @@ async def ready(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     """200 or 400. The reasons are ours: the protocol has no place for them, and forbids none."""
     if plane.server_ready():
         return _health({"ready": True}, True)
-    reasons = plane.unready_reasons()
+    reasons = {} if current_request().tenant is STRANGER else plane.unready_reasons()
     return _health({"ready": False, "reasons": reasons} if reasons else {"ready": False}, False)
 
 

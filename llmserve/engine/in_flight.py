@@ -3,11 +3,21 @@
 Also who is under suspicion of killing engines. Decides in ids and counts; knows no process, no socket and no clock.
 
 A death tells of the requests that were in the step in progress. Anyone of them may be at fault, or none: a kernel short
-of memory, or a person, may have ended the process. So nobody is judged by one death. A request that has been in two
-deaths in a row without a token in between is *suspected*: from then on suspects enter the engine one at a time, while
-the others go on. One that gets a token is cleared. One that is the only suspect in a step that dies is *convicted* at
-once if the engine died of that step for certain (it raised, or crashed); if the process was killed, or hung, it takes
-three such deaths in a row, because chance can look like that, but hardly thrice.
+of memory, or a person, may have ended the process. So nobody is judged by what others were part of. A request is
+*convicted* only of a step that held nobody else, and only if it has been in a death before: at once if the engine died
+of that step for certain (it raised, or crashed); after three such deaths in a row if the process was killed, or hung,
+because chance can look like that, but hardly thrice.
+
+What brings a culprit into a step of its own:
+
+* After a death, those that were in it enter the next engine before any newcomer does, so that a death soon after is not
+  blamed on both. A token clears a request.
+* One that has been in two deaths in a row without a token in between is *suspected*. Suspects enter one at a time: the
+  first of them before everybody else, alone, and the next when that one has its token and the others are running again.
+  One that dies beside others is the first in the next engine, and alone.
+
+So every death brings at least one culprit nearer to its conviction, which it meets in its fourth at the latest (its
+eighth, if the engine is killed or hangs of it), and no step that a request is judged by holds anybody else.
 """
 
 from __future__ import annotations
@@ -20,20 +30,21 @@ import msgspec
 from llmserve.messages import EngineRequest, StepOutputs
 
 _SUSPECTED_AFTER = 2  # deaths in a row, without a token in between
-_CONVICTED_AFTER = 3  # deaths in a row as the only suspect, where they may have had another cause
+_CONVICTED_AFTER = 3  # deaths in a row, alone in the step, where they may have had another cause
 
 
 class InFlightRequest:
     """One sequence: what was asked, and every token that has been passed on."""
 
-    __slots__ = ("is_sent", "num_deaths", "num_deaths_alone", "output_token_ids", "request")
+    __slots__ = ("is_sent", "num_deaths", "num_deaths_alone", "output_token_ids", "request", "was_sent")
 
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self.output_token_ids: list[int] = list(request.output_token_ids)
-        self.is_sent = False
+        self.is_sent = False  # to the engine there is now
+        self.was_sent = False  # to any
         self.num_deaths = 0  # in a row, in the step in progress, without a token in between
-        self.num_deaths_alone = 0
+        self.num_deaths_alone = 0  # of them, those in steps that held nobody else
 
     @property
     def is_suspected(self) -> bool:
@@ -55,9 +66,13 @@ class InFlightRequests:
 
     def __init__(self) -> None:
         self._requests: dict[str, InFlightRequest] = {}
-        self._new: list[InFlightRequest] = []  # not sent, and not suspected
+        self._new: list[InFlightRequest] = []  # never sent
+        self._returning: list[InFlightRequest] = []  # not sent to this engine, but to an earlier one; no suspects
         self._suspects: deque[InFlightRequest] = deque()  # not sent
+        self._clouded: set[str] = set()  # those that were in the last death, and have had no token since
         self._on_trial: InFlightRequest | None = None  # the suspect that has been sent
+        self._is_alone = False  # it was sent before all others
+        self._num_sent = 0  # to the engine there is now
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -84,10 +99,11 @@ class InFlightRequests:
         sent = []
         for request_id in request_ids:
             record = self._requests.pop(request_id, None)
-            if record is not None and record.is_sent:
+            if record is None:
+                continue
+            if record.is_sent:
                 sent.append(request_id)
-            if record is self._on_trial:
-                self._on_trial = None
+            self._clear(record)
         return sent
 
     def record(self, step: StepOutputs) -> None:
@@ -105,54 +121,95 @@ class InFlightRequests:
 
     def take_unsent(self) -> Iterator[EngineRequest]:
         """What the engine should be sent now; counts as sent when it is taken. At most one suspect is among it."""
-        new, self._new = self._new, []
-        while self._on_trial is None and self._suspects:
-            suspect = self._suspects.popleft()
-            if suspect.request.request_id in self._requests:
-                self._on_trial = suspect
-                new.append(suspect)
-        for record in new:
+        for record in self._choose():
             if record.request.request_id in self._requests:
-                record.is_sent = True
+                self._num_sent += 1
+                record.is_sent = record.was_sent = True
                 yield record.resume()
 
     @property
     def has_unsent(self) -> bool:
         """Whether `take_unsent` may have something."""
-        return bool(self._new or (self._suspects and self._on_trial is None))
+        return bool(self._new or self._returning or self._suspects)
 
     def engine_died(self, executing: Collection[str], *, for_certain: bool) -> list[str]:
-        """All are unsent again. `executing` were in the step in progress; `for_certain`: the engine died of that step.
+        """All are unsent again. `executing` were in the step in progress, those that have been aborted meanwhile among
+        them; `for_certain`: the engine died by itself, of that step, or between two of them over any it was sent.
 
         Returns those convicted: they are in flight no longer.
         """
+        num_present = len(executing)
+        if for_certain and not executing:
+            executing = [request_id for request_id, record in self._requests.items() if record.is_sent]
+            num_present = self._num_sent
         present = [self._requests[request_id] for request_id in executing if request_id in self._requests]
-        if self._on_trial is not None and self._on_trial in present:
-            present = [self._on_trial]  # the others are with it only because they are above suspicion
         for record in present:
             record.num_deaths += 1
+            self._clouded.add(record.request.request_id)
         convicted = []
-        if len(present) == 1:
+        is_alone = len(present) == num_present == 1
+        if is_alone:
             alone = present[0]
             alone.num_deaths_alone += 1
             if alone.is_suspected and (for_certain or alone.num_deaths_alone >= _CONVICTED_AFTER):
                 convicted.append(alone.request.request_id)
+        next_on_trial = self._on_trial if self._on_trial in present and not is_alone else None
         self.forget(convicted)
-        self._start_over()
+        self._start_over(next_on_trial)
         return convicted
 
-    def _start_over(self) -> None:
-        waiting = set(map(id, self._suspects))
-        self._on_trial = None
-        self._new = []
+    def _choose(self) -> list[InFlightRequest]:
+        """Whose turn it is, in the order of the module's docstring; some of them may have left."""
+        if not self._num_sent and self._try_next():
+            assert self._on_trial is not None
+            self._is_alone = True
+            return [self._on_trial]
+        if self._is_alone:
+            return []
+        returning, self._returning = self._returning, []
+        num_suspects = len(self._suspects) + (self._on_trial is not None)
+        if len(self._clouded) > num_suspects:
+            return returning
+        if num_suspects:
+            return [*returning, self._on_trial] if self._try_next() and self._on_trial is not None else returning
+        new, self._new = self._new, []
+        return returning + new
+
+    def _try_next(self) -> bool:
+        """Puts the next suspect on trial, if there is one and nobody is."""
+        if self._on_trial is not None or not self._suspects:
+            return False
+        self._on_trial = self._suspects.popleft()
+        return True
+
+    def _start_over(self, next_on_trial: InFlightRequest | None) -> None:
+        """`next_on_trial` comes first; a suspect that was not waiting for its trial, because it had it, comes last."""
+        suspects = deque(record for record in self._suspects if record is not next_on_trial)
+        waiting = set(map(id, suspects))
+        if next_on_trial is not None:
+            suspects.appendleft(next_on_trial)
+            waiting.add(id(next_on_trial))
+        self._on_trial, self._is_alone, self._num_sent = None, False, 0
+        self._new, self._returning = [], []
+        others = []
         for record in self._requests.values():
             record.is_sent = False
             if not record.is_suspected:
-                self._new.append(record)
+                (self._returning if record.was_sent else self._new).append(record)
             elif id(record) not in waiting:
-                self._suspects.append(record)  # who has just failed its trial comes last
+                others.append(record)
+        others.sort(
+            key=lambda record: bool(record.output_token_ids)
+        )  # who has run well before is the likelier innocent
+        suspects.extend(others)
+        self._suspects = suspects
 
     def _clear(self, record: InFlightRequest) -> None:
+        """It is above suspicion, or gone."""
         record.num_deaths = record.num_deaths_alone = 0
+        self._clouded.discard(record.request.request_id)
+        if record in self._suspects:
+            self._suspects.remove(record)
         if record is self._on_trial:
             self._on_trial = None
+            self._is_alone = False

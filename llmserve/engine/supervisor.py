@@ -259,8 +259,6 @@ class EngineSupervisor:
         status = engine.exit_status or 0
         for_certain = status > 0 or status in _CRASHES
         executing = [] if guard.was_stopped else engine.executing
-        if for_certain and not executing:
-            executing = self._requests.ids()  # it failed outside of a step: over any of them
         logger.error(
             "%s: %s %d requests were in flight, %d of them in the step in progress. Starting another engine.",
             *(self._name, error.message, len(self._requests), len(executing)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from llmserve.repository.settings import RepositorySettings
 from tests.api.conftest import Directory, Script, ScriptedModel
 from tests.door.conftest import ASK, ServeGuarded, write_keys
 
+PROBES = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")
 V2_ROUTES = [
+    ("GET", "/v2/health/live"),
     ("GET", "/v2"),
     ("GET", "/v2/health/ready"),
     ("GET", "/v2/models/stats"),
@@ -61,14 +64,29 @@ def test_every_route_but_liveness_needs_a_key(serve_guarded: ServeGuarded, plane
     with served.client() as nobody, served.client("sk-llmserve-guess") as guesser:
         for method, path in routes:
             statuses = {client.request(method, path).status_code for client in (nobody, guesser)}
-            assert statuses == ({200} if path == "/health" else {401}), (method, path)
-        assert nobody.get("/v2/health/live").status_code == 200
+            assert (statuses == {401}) is (path not in PROBES), (method, path)
         assert nobody.request("OPTIONS", "/v1/models").status_code == 401  # no CORS unless configured
         refused = nobody.post("/v1/chat/completions", json=ASK)
         assert refused.json()["error"]["code"] == "invalid_api_key"
         assert refused.headers["www-authenticate"] == "Bearer"
         assert set(nobody.get("/v2/models/m").json()) == {"error"}
     assert served.script.specs == []
+
+
+def test_probes_say_yes_or_no_to_strangers_and_more_to_those_with_a_key(
+    serve_guarded: ServeGuarded, tmp_path: Path
+) -> None:
+    key = write_keys(tmp_path / "keys.toml", alice="")["alice"]
+    served = serve_guarded(DoorConfig(api_keys=str(tmp_path / "keys.toml")))
+    with served.client() as nobody, served.client("sk-llmserve-guess") as guesser, served.client(key) as alice:
+        for stranger in nobody, guesser:
+            assert stranger.get("/health").json() == {"status": "ok"}
+            assert stranger.get("/ready").json() == {"status": "ready"}
+        assert alice.get("/health").json() == {"status": "ok", "live": {"scripted": True}}
+        assert alice.get("/ready").json() == {"status": "ready", "ready": {"scripted": True}}
+        served.script.ready = False
+        assert nobody.get("/ready").status_code == 503
+        assert nobody.get("/ready").json() == {"status": "not ready"}
 
 
 def test_scopes_are_kept_apart(serve_guarded: ServeGuarded, plane: DataPlane, tmp_path: Path) -> None:
@@ -81,7 +99,6 @@ def test_scopes_are_kept_apart(serve_guarded: ServeGuarded, plane: DataPlane, tm
         ("GET", "/v2/models/stats"): {"prometheus"},
         ("GET", "/v2/logging"): {"ops"},
         ("POST", "/v2/repository/models/m/load"): {"ops"},
-        ("GET", "/no/such/route"): {"ops"},
     }
     for (method, path), admitted in expected.items():
         for name, key in keys.items():
@@ -89,6 +106,18 @@ def test_scopes_are_kept_apart(serve_guarded: ServeGuarded, plane: DataPlane, tm
                 status = client.request(method, path, json=ASK if method == "POST" else None).status_code
             assert (status != 403) is (name in admitted), (name, path, status)
             assert status != 401
+
+
+@pytest.mark.parametrize("path", ["/no/such/route", "/v2/no/such/route", "/v2/models/m/nothing", "/v1/nothing"])
+def test_where_nothing_is_a_known_key_gets_not_found(
+    serve_guarded: ServeGuarded, plane: DataPlane, tmp_path: Path, path: str
+) -> None:
+    key = write_keys(tmp_path / "keys.toml", alice="")["alice"]
+    served = serve_guarded(DoorConfig(api_keys=str(tmp_path / "keys.toml")), plane=plane)
+    with served.client() as nobody, served.client(key) as alice:
+        assert nobody.get(path).status_code == 401
+        assert alice.get(path).status_code == 404
+        assert alice.get("/v2/logging").status_code == 403
 
 
 def test_every_route_of_the_openai_side_is_listed() -> None:
@@ -133,6 +162,19 @@ def test_without_keys_admin_routes_are_this_machines_own(
         assert refused.status_code == 403
         assert "--api-keys" in refused.json()["error"]
         assert client.get("/v1/models", headers=headers).status_code == 200  # all else stays open
+
+
+def test_without_keys_a_proxy_that_says_nothing_of_itself_is_not_this_machine(
+    serve_guarded: ServeGuarded, plane: DataPlane
+) -> None:
+    """nginx, unless configured otherwise, names the host it was told of, adds no header, and asks in HTTP/1.0."""
+    served = serve_guarded(plane=plane)
+    for version, status in (b"1.1", b"200"), (b"1.0", b"403"):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+            host = b"127.0.0.1:%d" % served.port
+            connection.sendall(b"GET /v2/logging HTTP/%s\r\nhost: %s\r\nconnection: close\r\n\r\n" % (version, host))
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))  # read at once
+        assert answer.split(b" ")[1] == status
 
 
 @pytest.mark.parametrize(
@@ -220,7 +262,7 @@ def test_grpc_is_guarded(plane: DataPlane, keys_path: Path) -> None:
 def test_every_grpc_method_has_a_scope_and_unknown_ones_the_highest() -> None:
     methods = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
     scopes = {method.name: grpc_scope(f"/inference.GRPCInferenceService/{method.name}") for method in methods}
-    assert [name for name, scope in scopes.items() if scope == OPEN] == ["ServerLive"]
+    assert [name for name, scope in scopes.items() if scope == OPEN] == ["ServerLive", "ServerReady"]
     assert {name for name, scope in scopes.items() if scope == INFER} == {
         "ModelInfer",
         "ModelStreamInfer",

@@ -77,24 +77,23 @@ def test_one_death_makes_nobody_a_suspect() -> None:
     assert sent(requests) == ["a", "b"]
 
 
-def test_suspects_go_in_one_at_a_time_and_a_token_clears_them() -> None:
+def test_suspects_go_in_one_at_a_time_the_first_alone_and_a_token_clears_them() -> None:
     requests = of("a", "b", "c")
     for _ in range(2):
         sent(requests)
         requests.engine_died(["a", "b"], for_certain=True)
-    assert sent(requests) == ["c", "a"]  # c has not been in the steps that died
-    assert not requests.has_unsent
+    assert sent(requests) == ["a"]
+    assert sent(requests) == []  # c has not been in the steps that died, but might be at fault in the next
+    say(requests, "a")
+    assert sent(requests) == ["c", "b"]
     say(requests, "c")
     assert sent(requests) == []
-    say(requests, "a")
-    assert requests.has_unsent
-    assert sent(requests) == ["b"]
     say(requests, "b")
     requests.engine_died(["a", "b", "c"], for_certain=True)  # all start anew
     assert sent(requests) == ["a", "b", "c"]
 
 
-def test_the_only_suspect_is_convicted_and_those_beside_it_are_not() -> None:
+def test_one_that_dies_beside_others_is_tried_alone_and_convicted_then() -> None:
     requests = of("good", "bad")
     for _ in range(2):
         sent(requests)
@@ -102,9 +101,24 @@ def test_the_only_suspect_is_convicted_and_those_beside_it_are_not() -> None:
     assert sent(requests) == ["good"]
     say(requests, "good")
     assert sent(requests) == ["bad"]
-    assert requests.engine_died(["good", "bad"], for_certain=True) == ["bad"]
+    assert requests.engine_died(["good", "bad"], for_certain=True) == []
+    assert sent(requests) == ["bad"]
+    assert requests.engine_died(["bad"], for_certain=True) == ["bad"]
     assert sent(requests) == ["good"]
     assert requests.ids() == ["good"]
+
+
+def test_newcomers_wait_until_those_of_a_death_have_a_token() -> None:
+    requests = of("a")
+    sent(requests)
+    requests.engine_died(["a"], for_certain=True)
+    requests.add(
+        EngineRequest(request_id="b", prompt_token_ids=[1], params=SamplingParams(max_tokens=9, seed=1), arrival_s=1.0)
+    )
+    assert sent(requests) == ["a"]
+    assert requests.has_unsent
+    say(requests, "a")
+    assert sent(requests) == ["b"]
 
 
 def test_where_chance_may_be_the_cause_it_takes_three_deaths_alone() -> None:
@@ -134,5 +148,6 @@ def test_a_suspect_that_leaves_makes_room_for_the_next() -> None:
         sent(requests)
         requests.engine_died(["a", "b", "c"], for_certain=True)
     assert sent(requests) == ["a"]
+    assert sent(requests) == []
     requests.forget(["a", "b"])
     assert sent(requests) == ["c"]
