@@ -62,6 +62,7 @@ class EngineRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True)
     weight: float = 1.0
     cache_salt: str = ""  # requests share cached blocks only within one salt
     output_token_ids: list[int] = []
+    deadline_s: float | None = None  # when the answer is no longer wanted
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):

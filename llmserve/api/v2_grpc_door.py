@@ -102,6 +102,8 @@ class _Call:
         self._door.began(self.context, self._metadata.get("traceparent", ""))
         try:
             self.context.tenant = self._door.admit(self._method, self._metadata, context.peer())
+            if (left_s := context.time_remaining()) is not None:  # the client's own deadline: gRPC keeps it itself
+                self.context.limit_time(left_s)
         except LLMServeError as error:
             self.context.error = error.code
             self._door.ended(self.context)

@@ -6,6 +6,7 @@ is a parameter of the request, checked the same way; one that is unknown is an e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -103,6 +104,7 @@ class LanguageModel:
 
     async def _read(self, request: InferRequest) -> tuple[bool, GenerationSpec]:
         """Whether to stream, and what to generate. Raises InvalidRequestError."""
+        begin_s = time.monotonic()
         self._validator.check(request)
         inputs = {tensor.name: decode_values(tensor)[0] for tensor in request.inputs}
         values: dict[str, Any] = {key: value for key, value in request.parameters.items() if key != "id"}
@@ -122,7 +124,10 @@ class LanguageModel:
             prompt, completion.add_special_tokens is not False, self._generator, self._settings
         )
         bad_words = await tokenize_bad_words(completion, self._generator)
-        return stream, build_spec(completion, token_ids, bad_words, wanted, self._generator, "text_input")
+        spec = build_spec(completion, token_ids, bad_words, wanted, self._generator, "text_input")
+        if request.timeout_us:
+            spec = dataclasses.replace(spec, deadline_s=begin_s + request.timeout_us * 1e-6)
+        return stream, spec
 
 
 def _config(name: str, backend: str) -> ModelConfig:

@@ -124,7 +124,7 @@ class Admission:
         group = self._group(spec, tenant)
         tenant.require_tokens(tokens * spec.n, now_s)
         self._check_room(tenant, spec.n, tokens * spec.n)
-        self._check_wait(tenant, group, spec.n, context.deadline_s, now_s)
+        self._check_wait(tenant, group, spec.n, spec.deadline_s, now_s)
         tenant.limits.tokens.take(tokens * spec.n, now_s)
         self._weights[group] = tenant.weight
         tickets = [Ticket(self, tenant, group, tokens, now_s) for _ in range(spec.n)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -24,6 +24,13 @@ class GenerationSpec:
     ignore_eos: bool = False  # the model's end tokens are neither hidden nor a stop
     priority: int = 0
     cache_salt: str = ""
+    deadline_s: float | None = None  # when nobody wants the answer any more: seconds of time.monotonic()
+
+    def until(self, deadline_s: float | None) -> GenerationSpec:
+        """The same; of two deadlines the first counts."""
+        if deadline_s is None or (self.deadline_s is not None and self.deadline_s <= deadline_s):
+            return self
+        return replace(self, deadline_s=deadline_s)
 
 
 @dataclass(slots=True)

@@ -118,6 +118,7 @@ class LLM:
             raise NotReadyError(f"The model {self.name!r} takes no requests now. It is {self.reason}")
         context, arrival_s = current_request(), time.monotonic()
         context.model = self.name
+        spec = spec.until(context.deadline_s)
         tickets = self._admission.admit(spec, context, arrival_s)
         generation = LLMGeneration(request_id, spec, self, arrival_s, context, tickets)
         for sequence in generation.sequences:
@@ -132,8 +133,10 @@ class LLM:
                     tenant=context.tenant.name,
                     weight=context.tenant.weight,
                     cache_salt=spec.cache_salt,
+                    deadline_s=spec.deadline_s,
                 )
             )
+        generation.watch_deadline()
         self.metrics.observe_request_started(len(spec.prompt_token_ids), spec.n, spec.sampling.max_tokens)
         return generation
 

@@ -212,6 +212,14 @@ class LLMGeneration:
         self._ready: list[GenerationDelta] = []
         self._wakeup: asyncio.Future[None] | None = None
         self._error: LLMServeError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch_deadline(self) -> None:
+        """Ends the generation at its deadline, if it has one, by our own clock."""
+        if self.spec.deadline_s is not None:
+            delay_s = self.spec.deadline_s - time.monotonic()
+            error = DeadlineExceededError("The request was not answered by its deadline.")
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self.fail, error)
 
     def push(self, delta: GenerationDelta) -> None:
         """News of a sequence; wakes whoever waits for it."""
@@ -235,6 +243,8 @@ class LLMGeneration:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._end(FinishReason.ABORT)
+        if self._timer is not None:
+            self._timer.cancel()
         # both lead back here: without them the request, and its model, are gone as soon as nobody needs them
         self.sequences.clear()
         self._error = None
@@ -288,4 +298,7 @@ def _single_tokens(output: SequenceOutput) -> Iterator[SequenceOutput]:
 
 def _error_of(error: tuple[str, str]) -> LLMServeError:
     code, message = error
-    return InvalidRequestError(message) if code == InvalidRequestError.code else EngineDeadError(message)
+    for kind in (InvalidRequestError, DeadlineExceededError):
+        if kind.code == code:
+            return kind(message)
+    return EngineDeadError(message)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from llmserve.messages import EngineRequest, EngineStats, StepOutputs
+from llmserve.errors import DeadlineExceededError
+from llmserve.messages import EngineRequest, EngineStats, FinishReason, SequenceOutput, StepOutputs
 from llmserve.scheduler.budget import TokenBudget
+from llmserve.scheduler.deadlines import Deadlines
 from llmserve.scheduler.drafts import Drafter
 from llmserve.scheduler.output import SchedulerOutput
 from llmserve.scheduler.scheduler import Scheduler
@@ -37,14 +39,18 @@ class EngineCore:
         self._runner = runner
         self._clock = clock
         self._drafter = drafter
+        self._deadlines = Deadlines()
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises InvalidRequestError if it could never run here."""
         self._scheduler.add(request)
+        if request.deadline_s is not None:
+            self._deadlines.add(request.request_id, request.deadline_s)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drops requests, wherever they stand; their blocks are free at once. Unknown ids are ignored."""
-        self._scheduler.abort(request_ids)
+        for request_id in self._scheduler.abort(request_ids):
+            self._deadlines.forget(request_id)
 
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
@@ -56,11 +62,23 @@ class EngineCore:
         return EngineStats(stats.num_running, stats.num_waiting, stats.num_free_blocks, stats.num_blocks)
 
     def step(self) -> StepOutputs:
-        """One turn of the loop; the tokens of every request that got one."""
+        """One turn of the loop; the tokens of every request that got one, and the end of those that came too late."""
         started_s = self._clock()
+        overdue = self._drop_overdue(started_s)
+        if overdue and not self._scheduler.has_work():
+            return StepOutputs(step=self.num_steps, time_s=started_s, outputs=overdue, stats=self.stats())
         scheduled = self._scheduler.schedule(started_s)
         computed = self._runner.execute(scheduled)
-        return self._update(scheduled, computed, started_s)
+        step = self._update(scheduled, computed, started_s)
+        step.outputs += overdue
+        return step
+
+    def _drop_overdue(self, now_s: float) -> list[SequenceOutput]:
+        """Waiting or running, nobody wants them any more: no step is spent on them. Their clients know already, by the
+        server's own clock; this is so that a server that is busy does not keep the engine at it."""
+        overdue = self._scheduler.abort(self._deadlines.take_overdue(now_s))
+        error = (DeadlineExceededError.code, "The request was not answered by its deadline.")
+        return [SequenceOutput(request_id, [], FinishReason.ERROR, error=error) for request_id in overdue]
 
     def _update(self, scheduled: SchedulerOutput, computed: ModelRunnerOutput, started_s: float) -> StepOutputs:
         outputs = self._scheduler.update(scheduled, computed.sampled)
@@ -69,6 +87,10 @@ class EngineCore:
                 if (logprobs := computed.logprobs.get(output.request_id)) is not None:
                     output.logprobs = logprobs[: len(output.token_ids)]
                 output.prompt_logprobs = computed.prompt_logprobs.get(output.request_id)
+        if self._deadlines:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._deadlines.forget(output.request_id)
         stats = self._scheduler.stats()
         num_decoding = sum(output.finish_reason is None for output in outputs)
         ended_s = self._clock()

@@ -70,10 +70,8 @@ def test_who_would_wait_too_long_is_refused_at_the_door_and_told_when_to_come_ba
 
 def test_a_deadline_that_would_pass_in_the_queue_is_refused_at_once() -> None:
     admission, _ = saturated()
-    hurried = context()
-    hurried.deadline_s = 12.0
     with pytest.raises(QueueFullError, match=r"1\.0 s are allowed"):
-        admission.admit(spec(), hurried, 11.0)
+        admission.admit(spec().until(15.0).until(12.0).until(None), context(), 11.0)
     admission.admit(spec(), context(), 11.0)
 
 

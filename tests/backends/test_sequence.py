@@ -12,7 +12,7 @@ import pytest
 
 from llmserve.backends.generation import GenerationDelta, GenerationSpec
 from llmserve.backends.sequence import LLMGeneration, SequenceState
-from llmserve.errors import EngineDeadError, InvalidRequestError
+from llmserve.errors import DeadlineExceededError, EngineDeadError, InvalidRequestError
 from llmserve.messages import FinishReason, SamplingParams, SequenceOutput
 from llmserve.metrics import ModelMetrics
 from llmserve.tokenizer import Tokenizer
@@ -63,6 +63,31 @@ async def collect(generation: LLMGeneration) -> list[GenerationDelta]:
 
 def text_of(deltas: list[GenerationDelta]) -> str:
     return "".join(delta.text for delta in deltas)
+
+
+def test_a_deadline_ends_it_whatever_the_engine_does(model: Model) -> None:
+    async def scenario() -> None:
+        generation = start(model, deadline_s=time.monotonic() + 0.05)
+        generation.watch_deadline()
+        feed(generation, [5])
+        with pytest.raises(DeadlineExceededError):
+            async with generation:
+                await collect(generation)
+        assert model.finished == [("r", True)]
+
+    run(scenario())
+
+
+def test_what_is_answered_in_time_leaves_no_timer(model: Model) -> None:
+    async def scenario() -> None:
+        generation = start(model, deadline_s=time.monotonic() + 60)
+        generation.watch_deadline()
+        async with generation:
+            feed(generation, [5], finish_reason=FinishReason.LENGTH)
+            await collect(generation)
+        assert not [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+
+    asyncio.run(scenario())
 
 
 def test_an_end_token_ends_without_showing(model: Model, tokenizer: Tokenizer) -> None:

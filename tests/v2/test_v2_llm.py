@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_generate_answers_whole(llm: Harness) -> None:
     assert (spec.prompt_token_ids, spec.sampling.seed, spec.stop) == ([104, 105], 7, ("x",))
     assert spec.sampling.temperature == 0.5
     assert llm.generator.num_left == 1
+
+
+def test_the_timeout_of_the_protocol_is_the_generations_deadline(llm: Harness) -> None:
+    before_s = time.monotonic()
+    assert llm.ask("models/llm/generate", {"text_input": "hi", "timeout": 2_500_000})[0] == 200
+    assert llm.ask("models/llm/generate", {"text_input": "hi"})[0] == 200
+    first, second = llm.generator.specs
+    assert first.deadline_s is not None
+    assert before_s + 2.5 <= first.deadline_s <= time.monotonic() + 2.5
+    assert second.deadline_s is None
 
 
 def test_generate_stream_streams_unless_told_otherwise(llm: Harness) -> None:
