@@ -69,6 +69,7 @@ class ModelMetrics:
         self.engine_stalls = 0
         self.requests_resubmitted = 0
         self.requests_isolated = 0
+        self.request_pauses = 0
         self.finished = dict.fromkeys(FinishReason, 0)
         self.cache_config: dict[str, str] = {}
 
@@ -207,6 +208,7 @@ class ModelMetrics:
         yield "engine_restarts", "Engines that died and were replaced.", self.engine_restarts
         yield "engine_stalls", "Engines killed because they were hung.", self.engine_stalls
         yield "requests_resubmitted", "Sequences that went on in another engine.", self.requests_resubmitted
+        yield "request_pauses", "Times a request stood still because its client took nothing.", self.request_pauses
         yield "requests_isolated", "Sequences given up because they end every engine.", self.requests_isolated
 
     def histograms(self) -> Iterable[tuple[str, str, Histogram]]:

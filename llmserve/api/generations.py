@@ -13,6 +13,8 @@ from llmserve.backends.generation import Generation, GenerationDelta
 from llmserve.errors import LLMServeError
 from llmserve.messages import FinishReason
 
+_MAX_UNTAKEN = 64  # lists of deltas
+
 
 class MergedGeneration:
     """The generations of several prompts, `n` sequences each, as one whose indices count through all of them.
@@ -26,7 +28,8 @@ class MergedGeneration:
         self._n = n
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        self._queue: asyncio.Queue[list[GenerationDelta] | Exception | None] = asyncio.Queue()
+        # who does not take this one's news takes none of theirs
+        self._queue: asyncio.Queue[list[GenerationDelta] | Exception | None] = asyncio.Queue(_MAX_UNTAKEN)
         self._num_running = 0
 
     async def __aenter__(self) -> Self:
@@ -69,10 +72,10 @@ class MergedGeneration:
             async for deltas in generation:
                 for delta in deltas:
                     delta.index += offset
-                self._queue.put_nowait(deltas)
-            self._queue.put_nowait(None)
+                await self._queue.put(deltas)
+            await self._queue.put(None)
         except LLMServeError as error:
-            self._queue.put_nowait(error)
+            await self._queue.put(error)
 
 
 class PromptOnlyGeneration:

@@ -146,6 +146,15 @@ class LLM:
         if known and abort:
             self.engine.abort(known)
 
+    def pause(self, sequences: list[SequenceState]) -> None:
+        """Nobody takes their tokens: the engine goes on with others until `unpause`."""
+        self.metrics.request_pauses += 1
+        self.engine.pause([sequence.id for sequence in sequences])
+
+    def unpause(self, sequences: list[SequenceState]) -> None:
+        """They go on where they were."""
+        self.engine.unpause([sequence.id for sequence in sequences])
+
     def on_step(self, step: StepOutputs) -> None:
         """The tokens of one step."""
         now = time.monotonic()

@@ -24,7 +24,7 @@ from llmserve.request_context import RequestContext
 from llmserve.stop_strings import StopStringMatcher
 from llmserve.tokenizer import Tokenizer
 
-_MAX_UNREAD = 4096  # deltas of one sequence that nobody takes: a full socket holds the reader up, not the engine
+MAX_UNREAD = 512  # deltas of one sequence that nobody takes: beyond them a full socket holds up the engine too
 
 
 class Owner(Protocol):
@@ -34,6 +34,10 @@ class Owner(Protocol):
     metrics: ModelMetrics
 
     def finish(self, sequences: list[SequenceState], abort: bool) -> None: ...
+
+    def pause(self, sequences: list[SequenceState]) -> None: ...
+
+    def unpause(self, sequences: list[SequenceState]) -> None: ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -207,7 +211,8 @@ class LLMGeneration:
             SequenceState(self, index, _params_of(spec.sampling, index), arrival_s, ticket)
             for index, ticket in enumerate(tickets)
         ]
-        self._max_ready = _MAX_UNREAD * spec.n
+        self._pause_at = MAX_UNREAD * spec.n  # unread deltas
+        self._paused: list[SequenceState] = []
         self._num_running = spec.n
         self._ready: list[GenerationDelta] = []
         self._wakeup: asyncio.Future[None] | None = None
@@ -224,10 +229,10 @@ class LLMGeneration:
     def push(self, delta: GenerationDelta) -> None:
         """News of a sequence; wakes whoever waits for it."""
         self._ready.append(delta)
-        if len(self._ready) > self._max_ready and self._error is None:
-            self.fail(DeadlineExceededError("The client reads too slowly: the answer was given up."))
         if delta.finish_reason is not None:
             self._num_running -= 1
+        if len(self._ready) >= self._pause_at:
+            self._pause()
         self._wake()
 
     def fail(self, error: LLMServeError) -> None:
@@ -247,12 +252,15 @@ class LLMGeneration:
             self._timer.cancel()
         # both lead back here: without them the request, and its model, are gone as soon as nobody needs them
         self.sequences.clear()
+        self._paused.clear()
         self._error = None
 
     async def __aiter__(self) -> AsyncIterator[list[GenerationDelta]]:
         while True:
             if self._ready:
                 ready, self._ready = self._ready, []
+                if self._paused:
+                    self._unpause()
                 yield ready
             elif self._error is not None:
                 raise self._error
@@ -261,6 +269,18 @@ class LLMGeneration:
             else:
                 self._wakeup = asyncio.get_running_loop().create_future()
                 await self._wakeup
+
+    def _pause(self) -> None:
+        """The client is behind: it gets no more until it has taken what there is. Those that the engine does not let
+        go of yet are asked for again."""
+        self._pause_at += MAX_UNREAD * self.spec.n
+        self._paused = [sequence for sequence in self.sequences if not sequence.finished]
+        self.owner.pause(self._paused)
+
+    def _unpause(self) -> None:
+        self._pause_at = MAX_UNREAD * self.spec.n
+        paused, self._paused = self._paused, []
+        self.owner.unpause(paused)
 
     def _end(self, reason: FinishReason) -> None:
         now = time.monotonic()

@@ -18,6 +18,10 @@ What brings a culprit into a step of its own:
 
 So every death brings at least one culprit nearer to its conviction, which it meets in its fourth at the latest (its
 eighth, if the engine is killed or hangs of it), and no step that a request is judged by holds anybody else.
+
+A request whose answer nobody takes is *paused*: the engine is told to forget it, and later gets it as another engine
+would. It has a new name there then, so that what the engine had sent of it before it forgot it is told apart, and
+dropped: it will be said again.
 """
 
 from __future__ import annotations
@@ -36,15 +40,26 @@ _CONVICTED_AFTER = 3  # deaths in a row, alone in the step, where they may have 
 class InFlightRequest:
     """One sequence: what was asked, and every token that has been passed on."""
 
-    __slots__ = ("is_sent", "num_deaths", "num_deaths_alone", "output_token_ids", "request", "was_sent")
+    __slots__ = (
+        "engine_id",
+        "is_paused",
+        "num_deaths",
+        "num_deaths_alone",
+        "num_pauses",
+        "output_token_ids",
+        "request",
+        "was_sent",
+    )
 
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self.output_token_ids: list[int] = list(request.output_token_ids)
-        self.is_sent = False  # to the engine there is now
+        self.engine_id: str | None = None  # its name in the engine there is now, once sent
         self.was_sent = False  # to any
         self.num_deaths = 0  # in a row, in the step in progress, without a token in between
         self.num_deaths_alone = 0  # of them, those in steps that held nobody else
+        self.is_paused = False
+        self.num_pauses = 0
 
     @property
     def is_suspected(self) -> bool:
@@ -54,11 +69,14 @@ class InFlightRequest:
     def resume(self) -> EngineRequest:
         """The request as another engine has to see it, to go on where this one is."""
         if not self.output_token_ids:
-            return self.request
+            return self.request  # never paused
+        request_id = f"{self.request.request_id}~{self.num_pauses}" if self.num_pauses else self.request.request_id
         params = self.request.params
         if params.prompt_logprobs is not None:  # they came with the first token
             params = msgspec.structs.replace(params, prompt_logprobs=None)
-        return msgspec.structs.replace(self.request, params=params, output_token_ids=self.output_token_ids)
+        return msgspec.structs.replace(
+            self.request, request_id=request_id, params=params, output_token_ids=self.output_token_ids
+        )
 
 
 class InFlightRequests:
@@ -66,6 +84,7 @@ class InFlightRequests:
 
     def __init__(self) -> None:
         self._requests: dict[str, InFlightRequest] = {}
+        self._sent: dict[str, InFlightRequest] = {}  # by their names in the engine there is now
         self._new: list[InFlightRequest] = []  # never sent
         self._returning: list[InFlightRequest] = []  # not sent to this engine, but to an earlier one; no suspects
         self._suspects: deque[InFlightRequest] = deque()  # not sent
@@ -79,6 +98,11 @@ class InFlightRequests:
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._requests
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether the engine has something to do."""
+        return bool(self._sent)
 
     @property
     def num_tokens(self) -> int:
@@ -95,24 +119,44 @@ class InFlightRequests:
         self._new.append(record)
 
     def forget(self, request_ids: Iterable[str]) -> list[str]:
-        """They are wanted no longer. Returns those that an engine knows of."""
-        sent = []
+        """They are wanted no longer. Returns the names of those that the engine knows of."""
+        names = []
         for request_id in request_ids:
             record = self._requests.pop(request_id, None)
-            if record is None:
-                continue
-            if record.is_sent:
-                sent.append(request_id)
-            self._clear(record)
-        return sent
+            if record is not None:
+                names += self._take_back(record)
+                self._clear(record)
+        return names
+
+    def pause(self, request_ids: Iterable[str]) -> list[str]:
+        """They get no more tokens until `unpause`. Returns the names of those that the engine has to forget: not of
+        those that are under a cloud, which only their next token takes away."""
+        names = []
+        for request_id in request_ids:
+            record = self._requests.get(request_id)
+            if record is not None and record.output_token_ids and not record.num_deaths:
+                record.is_paused = True
+                record.num_pauses += 1
+                names += self._take_back(record)
+        return names
+
+    def unpause(self, request_ids: Iterable[str]) -> None:
+        """They go on where they were."""
+        for request_id in request_ids:
+            record = self._requests.get(request_id)
+            if record is not None and record.is_paused:
+                record.is_paused = False
+                self._returning.append(record)
 
     def record(self, step: StepOutputs) -> None:
-        """Notes what a step brought, before anyone is told."""
-        requests = self._requests
+        """Notes what a step brought, before anyone is told, and calls everyone by their own names again."""
+        sent = self._sent
         for output in step.outputs:
-            record = requests.get(output.request_id)
+            record = sent.get(output.request_id)
             if record is None:
+                output.request_id = ""  # it is wanted no longer, or has been paused and says this once more
                 continue
+            output.request_id = record.request.request_id
             record.output_token_ids += output.token_ids
             if record.num_deaths and output.token_ids:
                 self._clear(record)
@@ -122,10 +166,14 @@ class InFlightRequests:
     def take_unsent(self) -> Iterator[EngineRequest]:
         """What the engine should be sent now; counts as sent when it is taken. At most one suspect is among it."""
         for record in self._choose():
-            if record.request.request_id in self._requests:
+            is_wanted = record.request.request_id in self._requests and not record.is_paused
+            if is_wanted and record.engine_id is None:  # one that was paused and unpaused at once stands here twice
                 self._num_sent += 1
-                record.is_sent = record.was_sent = True
-                yield record.resume()
+                record.was_sent = True
+                request = record.resume()
+                record.engine_id = request.request_id
+                self._sent[request.request_id] = record
+                yield request
 
     @property
     def has_unsent(self) -> bool:
@@ -133,16 +181,16 @@ class InFlightRequests:
         return bool(self._new or self._returning or self._suspects)
 
     def engine_died(self, executing: Collection[str], *, for_certain: bool) -> list[str]:
-        """All are unsent again. `executing` were in the step in progress, those that have been aborted meanwhile among
-        them; `for_certain`: the engine died by itself, of that step, or between two of them over any it was sent.
+        """All are unsent again. `executing` are the names of those in the step in progress, some of which may have been
+        aborted meanwhile; `for_certain`: the engine died by itself, of that step, or between two of them over any it
+        was sent.
 
         Returns those convicted: they are in flight no longer.
         """
         num_present = len(executing)
         if for_certain and not executing:
-            executing = [request_id for request_id, record in self._requests.items() if record.is_sent]
-            num_present = self._num_sent
-        present = [self._requests[request_id] for request_id in executing if request_id in self._requests]
+            executing, num_present = list(self._sent), self._num_sent
+        present = [self._sent[name] for name in executing if name in self._sent]
         for record in present:
             record.num_deaths += 1
             self._clouded.add(record.request.request_id)
@@ -192,8 +240,11 @@ class InFlightRequests:
         self._on_trial, self._is_alone, self._num_sent = None, False, 0
         self._new, self._returning = [], []
         others = []
+        self._sent.clear()
         for record in self._requests.values():
-            record.is_sent = False
+            record.engine_id = None
+            if record.is_paused:
+                continue
             if not record.is_suspected:
                 (self._returning if record.was_sent else self._new).append(record)
             elif id(record) not in waiting:
@@ -203,6 +254,14 @@ class InFlightRequests:
         )  # who has run well before is the likelier innocent
         suspects.extend(others)
         self._suspects = suspects
+
+    def _take_back(self, record: InFlightRequest) -> list[str]:
+        """Its name in the engine, if it has one; from now on nothing that comes under that name is listened to."""
+        name, record.engine_id = record.engine_id, None
+        if name is None:
+            return []
+        del self._sent[name]
+        return [name]
 
     def _clear(self, record: InFlightRequest) -> None:
         """It is above suspicion, or gone."""

@@ -44,3 +44,16 @@ class Phase(enum.StrEnum):
     RESTARTING = "being restarted"
     FAILED = "failed"  # could not be restarted; still tried, but nobody waits for it
     STOPPED = "stopped"
+
+
+class Nobody:
+    """Whom they are for once a supervisor has been shut down."""
+
+    def on_step(self, step: StepOutputs) -> None:
+        """There is none."""
+
+    def on_idle(self, stats: EngineStats) -> None:
+        """There is none."""
+
+    def on_failed(self, request_ids: list[str], error: LLMServeError) -> None:
+        """There is none."""

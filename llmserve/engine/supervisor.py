@@ -19,7 +19,7 @@ from llmserve.engine.client import EngineClient, EngineState
 from llmserve.engine.in_flight import InFlightRequests
 from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.stall_guard import StallGuard
-from llmserve.engine.supervision import EngineEvents, Phase, SupervisionSettings
+from llmserve.engine.supervision import EngineEvents, Nobody, Phase, SupervisionSettings
 from llmserve.errors import EngineDeadError, LLMServeError
 from llmserve.messages import (
     AbortRequests,
@@ -162,7 +162,7 @@ class EngineSupervisor:
         self._fail(self._requests.ids(), EngineDeadError(f"The model {self._name!r} has been stopped."))
         # they refer to us: who is done with a model need not wait for the garbage collector to be rid of it
         self._engine = self._guard = self._task = self._death = None
-        self._events = _Nobody()
+        self._events = Nobody()
 
     # Requests.
 
@@ -174,10 +174,21 @@ class EngineSupervisor:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """They are wanted no longer. Unknown ids are ignored: they have just finished."""
-        known = self._requests.forget(request_ids)
-        if known and self._engine is not None and self._engine.state is EngineState.READY:
-            self._engine.send(AbortRequests(known))
+        self._drop(self._requests.forget(request_ids))
         self._after_change()
+
+    def pause(self, request_ids: Iterable[str]) -> None:
+        """Nobody takes their tokens: they give up seat and blocks until `unpause`."""
+        self._drop(self._requests.pause(request_ids))
+
+    def unpause(self, request_ids: Iterable[str]) -> None:
+        """They go on where they were."""
+        self._requests.unpause(request_ids)
+        self._after_change()
+
+    def _drop(self, names: list[str]) -> None:
+        if names and self._engine is not None and self._engine.state is EngineState.READY:
+            self._engine.send(AbortRequests(names))
 
     def _send_unsent(self) -> None:
         engine, guard = self._engine, self._guard
@@ -204,14 +215,14 @@ class EngineSupervisor:
     def _on_step(self, step: StepOutputs) -> None:
         self._requests.record(step)
         if self._guard is not None:
-            self._guard.step(bool(self._requests))
+            self._guard.step(self._requests.has_sent)
         self._num_failures = 0
         self._events.on_step(step)
         self._after_change()
 
     def _on_idle(self, stats: EngineStats) -> None:
         if self._guard is not None:
-            self._guard.heartbeat(bool(self._requests))
+            self._guard.heartbeat(self._requests.has_sent)
         self._num_failures = 0
         self._events.on_idle(stats)
 
@@ -331,16 +342,3 @@ class EngineSupervisor:
             self._requests.ids(),
             EngineDeadError(f"The engine of {self._name!r} died and could not be restarted: {self._problem}"),
         )
-
-
-class _Nobody:
-    """Whom the events of a supervisor are for that has been shut down."""
-
-    def on_step(self, step: StepOutputs) -> None:
-        """There is none."""
-
-    def on_idle(self, stats: EngineStats) -> None:
-        """There is none."""
-
-    def on_failed(self, request_ids: list[str], error: LLMServeError) -> None:
-        """There is none."""

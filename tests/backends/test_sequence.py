@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmserve.backends.generation import GenerationDelta, GenerationSpec
-from llmserve.backends.sequence import LLMGeneration, SequenceState
+from llmserve.backends.sequence import MAX_UNREAD, LLMGeneration, SequenceState
 from llmserve.errors import DeadlineExceededError, EngineDeadError, InvalidRequestError
 from llmserve.messages import FinishReason, SamplingParams, SequenceOutput
 from llmserve.metrics import ModelMetrics
@@ -27,9 +27,17 @@ class Model:
         self.tokenizer = tokenizer
         self.metrics = ModelMetrics("m")
         self.finished: list[tuple[str, bool]] = []
+        self.paused: list[str] = []
 
     def finish(self, sequences: list[SequenceState], abort: bool) -> None:
         self.finished += [(sequence.id, abort) for sequence in sequences]
+
+    def pause(self, sequences: list[SequenceState]) -> None:
+        self.paused = [sequence.id for sequence in sequences]
+
+    def unpause(self, sequences: list[SequenceState]) -> None:
+        assert self.paused == [sequence.id for sequence in sequences]
+        self.paused = []
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,41 @@ def test_what_is_answered_in_time_leaves_no_timer(model: Model) -> None:
         assert not [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
 
     asyncio.run(scenario())
+
+
+def test_who_does_not_read_is_held_back_and_misses_nothing(model: Model) -> None:
+    async def scenario() -> None:
+        generation = start(model)
+        for _ in range(MAX_UNREAD - 1):
+            feed(generation, [5])
+        assert model.paused == []
+        feed(generation, [5])
+        assert model.paused == ["r"]
+        answer = aiter(generation)
+        assert len(await anext(answer)) == MAX_UNREAD
+        assert model.paused == []
+        feed(generation, [5], finish_reason=FinishReason.LENGTH)
+        assert len(await anext(answer)) == 1
+        with pytest.raises(StopAsyncIteration):
+            await anext(answer)
+
+    run(scenario())
+
+
+def test_one_that_goes_on_all_the_same_is_asked_to_stop_again(model: Model) -> None:
+    async def scenario() -> None:
+        generation = start(model, n=2)
+        for _ in range(MAX_UNREAD):
+            feed(generation, [5], 0)
+            feed(generation, [5], 1)
+        assert model.paused == ["r-0", "r-1"]
+        model.paused = []  # as if they had not been stopped
+        feed(generation, [5], 0, finish_reason=FinishReason.LENGTH)
+        for _ in range(2 * MAX_UNREAD):
+            feed(generation, [5], 1)
+        assert model.paused == ["r-1"]
+
+    run(scenario())
 
 
 def test_an_end_token_ends_without_showing(model: Model, tokenizer: Tokenizer) -> None:

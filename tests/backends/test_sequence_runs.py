@@ -29,6 +29,12 @@ class Owner:
     def finish(self, sequences: list[SequenceState], abort: bool) -> None:
         self.num_finished += len(sequences)
 
+    def pause(self, sequences: list[SequenceState]) -> None:
+        raise AssertionError("it is read at once")
+
+    def unpause(self, sequences: list[SequenceState]) -> None:
+        raise AssertionError("it was never paused")
+
 
 async def told(tokenizer: Tokenizer, step: int, **spec: Any) -> tuple[Any, ...]:
     """Everything a client gets to see of TEXT, `step` tokens at once, 0.1 s a token."""

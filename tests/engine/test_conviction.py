@@ -1,4 +1,7 @@
-"""Whatever poisons arrive in whatever order: no innocent request is ever convicted, and every poison is, soon."""
+"""Whatever poisons arrive in whatever order: no innocent request is ever convicted, and every poison is, soon.
+
+And whoever is paused meanwhile, and whatever is on its way then: everybody hears every token once, in order.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ class Visitor:
     poison: str = ""
     after_tokens: int = 0
     leaves_at: int | None = None
+    pauses: frozenset[int] = frozenset()  # for one turn, or several in a row
 
 
 @dataclass
@@ -52,22 +56,30 @@ class SimulatedEngine:
         for name in names:
             self.tokens.pop(name, None)
 
-    def step(self) -> list[str]:
-        """Names of those that got a token; raises Died instead if a poison works."""
+    def visitor(self, name: str) -> Visitor:
+        return self.visitors[name.partition("~")[0]]
+
+    def step(self) -> list[SequenceOutput]:
+        """A token for each that runs, its place in the answer; raises Died instead if a poison works."""
         while self.queue and len(self.tokens) < self.num_seats:
             request = self.queue.popleft()
             name = request.request_id
-            if self.visitors[name].poison == "add":
+            if self.visitor(name).poison == "add":
                 raise Died([], for_certain=True)  # between two steps
             self.tokens[name] = len(request.output_token_ids)
         names = list(self.tokens)
         for name in names:
-            visitor = self.visitors[name]
+            visitor = self.visitor(name)
             if visitor.poison and self.tokens[name] >= visitor.after_tokens:
                 raise Died(names, for_certain=visitor.poison == "crash")
+        outputs = []
         for name in names:
             self.tokens[name] += 1
-        return names
+            is_last = self.tokens[name] == _NUM_TOKENS
+            outputs.append(SequenceOutput(name, [self.tokens[name]], FinishReason.LENGTH if is_last else None))
+            if is_last:
+                del self.tokens[name]
+        return outputs
 
 
 @dataclass
@@ -77,15 +89,21 @@ class House:
     visitors: dict[str, Visitor]
     num_seats: int
     chance: frozenset[int]
+    latency: int = 0  # turns
     requests: InFlightRequests = field(default_factory=InFlightRequests)
     convicted: list[str] = field(default_factory=list)
     num_deaths: int = 0
 
     def run(self) -> None:
-        """Until everybody has left."""
+        """Until everybody has left. What a step says arrives some turns later, or never if the engine has died by
+        then."""
+        self.heard: dict[str, list[int]] = {name: [] for name in self.visitors}
         self.engine = SimulatedEngine(self.visitors, self.num_seats)
+        on_its_way: deque[list[SequenceOutput]] = deque()
         for turn in range(3000):
             self._come_and_go(turn)
+            if len(on_its_way) > self.latency:
+                self._hear(on_its_way.popleft())
             if turn > 60 and not self.requests:
                 return
             for request in self.requests.take_unsent():
@@ -93,11 +111,12 @@ class House:
             try:
                 if turn in self.chance:
                     raise Died(list(self.engine.tokens), for_certain=False)
-                self._answer(self.engine.step())
+                on_its_way.append(self.engine.step())
             except Died as death:
                 self.num_deaths += 1
                 self.convicted += self.requests.engine_died(death.executing, for_certain=death.for_certain)
                 self.engine = SimulatedEngine(self.visitors, self.num_seats)
+                on_its_way.clear()
         raise AssertionError(f"{self.requests.ids()} wait for ever")
 
     def _come_and_go(self, turn: int) -> None:
@@ -109,22 +128,24 @@ class House:
                 )
             if visitor.leaves_at == turn:
                 self.engine.abort(self.requests.forget([name]))
+            if turn in visitor.pauses:
+                self.engine.abort(self.requests.pause([name]))
+            else:
+                self.requests.unpause([name])
 
-    def _answer(self, names: list[str]) -> None:
-        outputs = []
-        for name in names:
-            is_last = self.engine.tokens[name] == _NUM_TOKENS
-            outputs.append(SequenceOutput(name, [7], FinishReason.LENGTH if is_last else None))
-            if is_last:
-                del self.engine.tokens[name]
+    def _hear(self, outputs: list[SequenceOutput]) -> None:
         self.requests.record(StepOutputs(1, 0.0, outputs, _NO_STATS))
+        for output in outputs:
+            if output.request_id:
+                self.heard[output.request_id] += output.token_ids
 
 
 def visitors() -> st.SearchStrategy[Visitor]:
     arrival = st.integers(0, 30)
-    innocent = st.builds(Visitor, arrival, leaves_at=st.none() | st.integers(5, 40))
+    pauses = st.frozensets(st.integers(0, 60), max_size=6)
+    innocent = st.builds(Visitor, arrival, leaves_at=st.none() | st.integers(5, 40), pauses=pauses)
     tokens = st.integers(0, _NUM_TOKENS - 1)
-    poison = st.builds(Visitor, arrival, st.sampled_from(["crash", "crash", "add", "hang"]), tokens)
+    poison = st.builds(Visitor, arrival, st.sampled_from(["crash", "crash", "add", "hang"]), tokens, pauses=pauses)
     return st.one_of(innocent, innocent, poison)
 
 
@@ -133,14 +154,19 @@ def visitors() -> st.SearchStrategy[Visitor]:
     st.lists(visitors(), min_size=1, max_size=14),
     st.integers(1, 8),
     st.frozensets(st.integers(0, 60), max_size=_MAX_CHANCE_DEATHS),
+    st.integers(0, 2),
 )
 def test_all_poisons_are_convicted_soon_and_nobody_else_is(
-    crowd: list[Visitor], num_seats: int, chance: frozenset[int]
+    crowd: list[Visitor], num_seats: int, chance: frozenset[int], latency: int
 ) -> None:
-    house = House({f"r{number}": visitor for number, visitor in enumerate(crowd)}, num_seats, chance)
+    house = House({f"r{number}": visitor for number, visitor in enumerate(crowd)}, num_seats, chance, latency)
     house.run()
     poisons = {name: visitor.poison for name, visitor in house.visitors.items() if visitor.poison}
     assert sorted(house.convicted) == sorted(poisons)
+    for name, visitor in house.visitors.items():
+        heard = house.heard[name]
+        assert heard == list(range(1, len(heard) + 1))
+        assert len(heard) == _NUM_TOKENS or visitor.poison or visitor.leaves_at is not None
     assert house.num_deaths <= sum(_MAX_DEATHS[poison] for poison in poisons.values()) + len(chance)
 
 

@@ -50,6 +50,8 @@ class Clients:
 
     def on_step(self, step: StepOutputs) -> None:
         for output in step.outputs:
+            if not output.request_id:
+                continue  # nobody's any more
             assert output.request_id not in self.finished
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.prompt_logprobs is not None:
@@ -216,6 +218,48 @@ def test_an_engine_whose_work_was_taken_back_before_a_step_of_it_is_left_alone()
         await asyncio.sleep(2.5 * SETTINGS.stall_timeout_s)
         assert house.supervisor.pid == pid
         assert house.metrics.engine_stalls == 0
+
+    run(use)
+
+
+def test_a_request_that_nobody_reads_stands_still_and_goes_on_where_it_was() -> None:
+    async def use(house: House) -> None:
+        house.ask("slow", 300)
+        house.ask("quick", 300)
+        for _ in range(5):
+            heard = len(house.clients.tokens.get("slow", ()))
+            await house.clients.until(lambda heard=heard: len(house.clients.tokens.get("slow", ())) > heard + 20)
+            house.supervisor.pause(["slow"])
+            heard = len(house.clients.tokens["slow"])
+            others = len(house.clients.tokens["quick"])
+            await house.clients.until(lambda others=others: len(house.clients.tokens["quick"]) > others + 20)
+            assert len(house.clients.tokens["slow"]) == heard
+            house.supervisor.unpause(["slow"])
+        await house.clients.until(lambda: len(house.clients.finished) == 2)
+        house.check("slow", 300)
+        house.check("quick", 300)
+
+    run(use)
+
+
+def test_an_engine_whose_requests_all_stand_still_is_idle_and_not_hung() -> None:
+    async def use(house: House) -> None:
+        pid = house.supervisor.pid
+        house.ask("slow", 100)
+        await house.clients.until(lambda: house.clients.num_tokens() > 20)
+        house.supervisor.pause(["slow"])
+        house.supervisor.unpause(["slow"])  # at once: what was on its way of the first time must not be heard twice
+        house.supervisor.pause(["slow"])
+        await house.clients.until(lambda: house.clients.stats)
+        stats = house.clients.stats[-1]
+        assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, stats.num_blocks)
+        await asyncio.sleep(2.5 * SETTINGS.stall_timeout_s)
+        assert house.supervisor.pid == pid
+        house.send(signal.SIGKILL)
+        await house.until_restarted(1)
+        house.supervisor.unpause(["slow"])
+        await house.clients.until(lambda: house.clients.finished)
+        house.check("slow", 100)
 
     run(use)
 
