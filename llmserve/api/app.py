@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -27,6 +29,7 @@ from llmserve.api.resume import ResumableStreams
 from llmserve.api.settings import ApiSettings
 from llmserve.api.triton_metrics import GeneralModelMetrics
 from llmserve.api.v2_http import V2Http
+from llmserve.api.v2_http_direct import DirectInfer
 from llmserve.api.v2_openapi import describe_v2
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.metrics import Metrics
@@ -48,10 +51,12 @@ def create_app(
     routes of `/v2`, which answer past the framework and its middleware, and then all others.
     """
     app: ASGIApp = create_routes(models, settings, metrics, plane, pooling)
-    if plane is not None:
-        limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
-        app = V2Http(app, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
-    return (entrance or Entrance()).wrap(app)
+    entrance = entrance or Entrance()
+    if plane is None:
+        return entrance.wrap(app)
+    limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
+    app = V2Http(app, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
+    return entrance.wrap(app, partial(DirectInfer, plane=plane, settings=limits, metrics=metrics.http))
 
 
 def create_routes(

@@ -5,6 +5,7 @@ Knows no route. HTTP and gRPC each get their door here, over the same gatekeeper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
+from llmserve.api.http_protocol import DirectHandler
 from llmserve.api.http_server import http_config, open_tls
 from llmserve.api.journal import Journal
 from llmserve.api.tenant_metrics import TenantMetrics
@@ -43,18 +45,23 @@ class Entrance:
         self._tls = open_tls(config)
         self._journal = Journal(config.request_log, config.slow_request_s)
         self._tracer = tracer or (open_tracer() if config.otel else None)
+        self._direct: DirectHandler | None = None
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
-    def wrap(self, app: ASGIApp) -> ASGIApp:
-        """`app` behind the door: the only way to it."""
-        guarded: ASGIApp = Door(
+    def wrap(self, app: ASGIApp, make_direct: Callable[[Door], DirectHandler] | None = None) -> ASGIApp:
+        """`app` behind the door: the only way to it. `make_direct` makes, behind the same door, who answers what need
+        not come as ASGI; `http_config` leads to both."""
+        door = Door(
             app,
             gatekeeper=self._gatekeeper,
             request_timeout_s=self._config.request_timeout_s,
             on_begin=self._begin,
             on_end=self._end,
         )
+        guarded: ASGIApp = door
+        if make_direct is not None:
+            self._direct = make_direct(door)
         if self._config.cors_origin:  # before the door: a preflight carries no key
             guarded = CORSMiddleware(
                 guarded,
@@ -92,4 +99,4 @@ class Entrance:
 
     def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
         """For the HTTP server."""
-        return http_config(app, self._config, self._tls, drain_timeout_s)
+        return http_config(app, self._config, self._tls, drain_timeout_s, self._direct)

@@ -49,6 +49,14 @@ class RequestsInFlight:
         if self.preserve_ordering:
             self._order.begin(stream.id)
 
+    def take_back(self, request_id: int) -> bool:
+        """The instance that had it never began it: it waits again. False if nobody waits for it any more."""
+        stream = self._streams.get(request_id)
+        if stream is None or stream.done:
+            return False
+        stream.instance = None
+        return True
+
     def answer(
         self,
         stream: InferStream,
