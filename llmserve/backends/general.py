@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +43,6 @@ logger = logging.getLogger(__name__)
 _MIN_TIMER_S = 0.001  # event loops count milliseconds: less would fire before its time, again and again
 
 
-@dataclass(slots=True)
-class _Running:
-    """A batch that an instance executes."""
-
-    instance: Instance
-    batch: Batch
-    dispatched_ns: int
-
-
 class GeneralModel:
     """Start it, send requests, stop it. All methods are for the event loop's thread."""
 
@@ -82,7 +72,6 @@ class GeneralModel:
         self._instances: list[Instance] = []
         self._loads = InstanceLoads()
         self._in_flight = RequestsInFlight(self._statistics)
-        self._running: dict[int, _Running] = {}
         self._serving = False
         self._reason = "it is not loaded"
         self._num_requests = 0
@@ -241,10 +230,10 @@ class GeneralModel:
         """Answers requests; a batch that has been executed frees its instance."""
         now_ns = time.monotonic_ns()
         times = ExecutionTimes(0, 0, 0)
-        if results.batch_id and (running := self._running.pop(results.batch_id, None)) is not None:
-            times = _times(running.dispatched_ns, results, now_ns)
+        if results.batch_id and (ended := self._loads.end(instance, results, now_ns)) is not None:
+            running, times = ended
             self._statistics.record_execution(running.batch.rows, times)
-            self._loads.end(instance, results.batch_id, times.compute_infer_ns)
+            self._in_flight.begun(running.batch, running.begun_ns)
             if self._batcher:
                 self._dispatch()  # before the answers go out: the instance has work meanwhile
         reader = PayloadReader(payload)
@@ -268,9 +257,7 @@ class GeneralModel:
     def on_lost(self, instance: Instance, error: LLMServeError) -> None:
         """An instance has died: its requests fail, but for those it never began; and those that wait too if nobody is
         about to take them."""
-        unbegun = [self._running[batch_id].batch for batch_id in self._loads.remove(instance)]
-        for batch_id in [batch_id for batch_id, running in self._running.items() if running.instance is instance]:
-            del self._running[batch_id]
+        unbegun = self._loads.remove(instance)
         for batch in reversed(unbegun):
             self._batcher.put_back([queued for queued in batch.requests if self._in_flight.take_back(queued.id)])
         self._in_flight.fail_all(error, instance)
@@ -320,8 +307,7 @@ class GeneralModel:
         now_ns = time.monotonic_ns()
         streams = [self._in_flight[request.id] for request in batch.requests]
         self._num_batches += 1
-        self._running[self._num_batches] = _Running(instance, batch, now_ns)
-        self._loads.begin(instance, self._num_batches)
+        self._loads.begin(instance, self._num_batches, batch, now_ns)
         oldest_ns = now_ns
         for stream in streams:
             stream.dispatched_ns = now_ns
@@ -335,16 +321,6 @@ class GeneralModel:
         try:
             instance.execute(message, payload)
         except ModelExecutionError as error:
-            del self._running[self._num_batches]
-            self._loads.end(instance, self._num_batches, None)
+            self._loads.give_up(instance, self._num_batches)
             for stream in streams:
                 self._in_flight.fail(stream, error, FailureReason.BACKEND)
-
-
-def _times(dispatched_ns: int, results: Results, now_ns: int) -> ExecutionTimes:
-    """The phases of one execution. Both processes read the same clock, so nothing is missing between them."""
-    return ExecutionTimes(
-        compute_input_ns=max(0, results.started_ns - dispatched_ns),
-        compute_infer_ns=max(0, results.ended_ns - results.started_ns),
-        compute_output_ns=max(0, now_ns - results.ended_ns),
-    )

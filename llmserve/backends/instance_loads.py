@@ -7,20 +7,33 @@ next requests with the one before. It runs them in their order, so that when it 
 
 from __future__ import annotations
 
-from llmserve.backends.instance_pool import Instance
+from dataclasses import dataclass
 
-_MAX_AHEAD = 16  # batches one instance has at a time
+from llmserve.backends.instance_pool import Instance
+from llmserve.backends.model_messages import Results
+from llmserve.general_metrics import ExecutionTimes
+from llmserve.scheduler.dynamic_batcher import Batch
+
+_MAX_BATCHES = 16  # that one instance has at a time
 _SHORT_NS = 1_000_000  # an execution that is over so soon keeps nobody waiting who would be better off elsewhere
 _LEARN = 0.125
 
 
-class InstanceLoads:
-    """`hands_ahead`: whether a busy instance may be given more; that is for models whose queue has no rules."""
+@dataclass(slots=True)
+class RunningBatch:
+    """A batch that an instance has. `begun_ns`: when the instance could begin with it."""
 
-    def __init__(self, hands_ahead: bool = False) -> None:
-        self.hands_ahead = hands_ahead
+    batch: Batch
+    begun_ns: int
+
+
+class InstanceLoads:
+    """The instances that run, and the batches each has."""
+
+    def __init__(self) -> None:
+        self.hands_ahead = False  # whether a busy instance may be given more: for models whose queue has no rules
         self._idle: list[Instance] = []
-        self._busy: dict[Instance, list[int]] = {}  # its batches, in the order in which it runs them
+        self._busy: dict[Instance, dict[int, RunningBatch]] = {}  # by batch id, in the order in which it runs them
         self._mean_ns = float(_SHORT_NS)  # of an execution; nothing is handed ahead before one was measured
 
     @property
@@ -36,11 +49,11 @@ class InstanceLoads:
         """It takes batches from here on."""
         self._idle.append(instance)
 
-    def remove(self, instance: Instance) -> list[int]:
-        """It does no more. Returns the batches it was given and never began."""
+    def remove(self, instance: Instance) -> list[Batch]:
+        """It has died. Returns the batches it was given and never began."""
         if instance in self._idle:
             self._idle.remove(instance)
-        return self._busy.pop(instance, [])[1:]
+        return [running.batch for running in self._busy.pop(instance, {}).values()][1:]
 
     def next(self) -> Instance | None:
         """Who gets the next batch now; None: nobody."""
@@ -49,20 +62,36 @@ class InstanceLoads:
         if not self.hands_ahead or self._mean_ns >= _SHORT_NS or not self._busy:
             return None
         least = min(self._busy, key=lambda instance: len(self._busy[instance]))
-        return least if len(self._busy[least]) < _MAX_AHEAD else None
+        return least if len(self._busy[least]) < _MAX_BATCHES else None
 
-    def begin(self, instance: Instance, batch_id: int) -> None:
-        """It has been given a batch."""
-        if self._idle and self._idle[-1] is instance:
-            self._idle.pop()
-        self._busy.setdefault(instance, []).append(batch_id)
+    def begin(self, instance: Instance, batch_id: int, batch: Batch, now_ns: int) -> None:
+        """It is given a batch."""
+        if instance in self._idle:
+            self._idle.remove(instance)
+        self._busy.setdefault(instance, {})[batch_id] = RunningBatch(batch, now_ns)
 
-    def end(self, instance: Instance, batch_id: int, executed_ns: int | None) -> None:
-        """It is done with it; None: it never got it."""
+    def give_up(self, instance: Instance, batch_id: int) -> None:
+        """It could not be given the batch after all."""
+        self._end(instance, batch_id)
+
+    def end(self, instance: Instance, results: Results, now_ns: int) -> tuple[RunningBatch, ExecutionTimes] | None:
+        """It is done with a batch; None if nothing is known of it any more."""
+        if instance not in self._busy or results.batch_id not in self._busy[instance]:
+            return None
+        running = self._end(instance, results.batch_id)
+        for following in self._busy.get(instance, {}).values():
+            following.begun_ns = max(following.begun_ns, results.ended_ns)
+            break
+        computed_ns = max(0, results.ended_ns - results.started_ns)
+        self._mean_ns += _LEARN * (computed_ns - self._mean_ns)
+        # both processes read the same clock, so nothing is missing between the phases
+        input_ns, output_ns = results.started_ns - running.begun_ns, now_ns - results.ended_ns
+        return running, ExecutionTimes(max(0, input_ns), computed_ns, max(0, output_ns))
+
+    def _end(self, instance: Instance, batch_id: int) -> RunningBatch:
         batches = self._busy[instance]
-        batches.remove(batch_id)
+        running = batches.pop(batch_id)
         if not batches:
             del self._busy[instance]
             self._idle.append(instance)
-        if executed_ns is not None:
-            self._mean_ns += _LEARN * (executed_ns - self._mean_ns)
+        return running
