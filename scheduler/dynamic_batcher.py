@@ -81,6 +81,13 @@ class DynamicBatcher:
         self._queued[request.id] = request
         level.add(request)
 
+    def put_back(self, requests: list[QueuedRequest]) -> None:
+        """Requests of a batch that was never executed: each is the next of its level again, in their order. A time-out
+        that they had is theirs no more."""
+        for request in reversed(requests):
+            self._queued[request.id] = request
+            self._levels[request.level].add_first(request)
+
     def remove(self, request_id: int) -> bool:
         """Forgets a request whose client has gone; False if it does not wait here (any more)."""
         request = self._queued.get(request_id)

@@ -57,6 +57,11 @@ class PriorityLevel:
         """Puts a request last among those in time."""
         self._in_time[request.id] = request
 
+    def add_first(self, request: QueuedRequest) -> None:
+        """Puts a request before all others."""
+        self._in_time[request.id] = request
+        self._in_time.move_to_end(request.id, last=False)
+
     def remove(self, request: QueuedRequest) -> None:
         """Takes a request out; it must be here."""
         if self._in_time.pop(request.id, None) is None:

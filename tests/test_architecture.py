@@ -69,6 +69,7 @@ BARE = {"kv_cache": ("torch", "numpy"), "scheduler": ("torch", "numpy")}
 DOORS = {
     "llmserve.api.stream": "an HTTP handler whose answer has begun",
     "llmserve.api.v2_http": "the v2 HTTP handlers",
+    "llmserve.api.v2_http_direct": "the v2 HTTP handler that comes past them",
     "llmserve.api.v2_grpc_service": "the gRPC interceptor",
     "llmserve.engine.loop": "the engine's loop",
     "llmserve.backends.backend_runner": "a model process's loop, which runs other people's code",

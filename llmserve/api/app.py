@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -28,6 +30,7 @@ from llmserve.api.resume import ResumableStreams
 from llmserve.api.settings import ApiSettings
 from llmserve.api.triton_metrics import GeneralModelMetrics
 from llmserve.api.v2_http import V2Http
+from llmserve.api.v2_http_direct import DirectInfer
 from llmserve.api.v2_openapi import describe_v2
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.metrics import Metrics
@@ -49,18 +52,20 @@ def create_app(
     routes of `/v2`, which answer past the framework and its middleware, and then all others.
     """
     routes = create_routes(models, settings, metrics, plane, pooling)
-    app: ASGIApp = routes
-    v2 = None
-    if plane is not None:
-        limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
-        app = v2 = V2Http(app, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
+    entrance = entrance or Entrance()
+    if plane is None:
+        return entrance.wrap(routes, partial(_has_route, routes))
+    limits = V2HttpSettings(max_body_bytes=max(settings.max_body_bytes, V2HttpSettings().max_body_bytes))
+    v2 = V2Http(routes, plane=plane, settings=limits, metrics=metrics.http, others=COHERE_PATHS)
 
     def has_route(scope: Scope) -> bool:
-        if v2 is not None and v2.takes(scope["path"]):
-            return v2.has_route(scope)
-        return any(route.matches(scope)[0] is not Match.NONE for route in routes.routes)
+        return v2.has_route(scope) if v2.takes(scope["path"]) else _has_route(routes, scope)
 
-    return (entrance or Entrance()).wrap(app, has_route)
+    return entrance.wrap(v2, has_route, partial(DirectInfer, plane=plane, settings=limits, metrics=metrics.http))
+
+
+def _has_route(routes: FastAPI, scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is not Match.NONE for route in routes.routes)
 
 
 def create_routes(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import msgspec
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmserve.api.deadline import Deadline
@@ -22,7 +23,7 @@ from llmserve.api.pooling_routes import COHERE_PATHS
 from llmserve.api.scopes import ADMIN, ANY, http_scope
 from llmserve.api.v2_errors import error_text
 from llmserve.errors import DeadlineExceededError, InvalidRequestError, LLMServeError
-from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
+from llmserve.request_context import CURRENT_REQUEST, RequestContext
 
 _MAX_ID_CHARS = 128
 _MAX_TIMEOUT_S = 86_400.0
@@ -60,22 +61,30 @@ class Door:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers: Headers = dict(scope["headers"])
-        context = RequestContext(request_id=_request_id(headers), route=scope["path"])
+        context = self.begin(scope["path"], headers)
         token = CURRENT_REQUEST.set(context)
         answer = _Answer(scope, send, context, keeps_id=b"x-request-id" in headers)
-        if self._on_begin is not None:
-            self._on_begin(context, headers.get(b"traceparent", b"").decode("latin-1"))
         try:
-            context.tenant = self._admit(scope, headers)
+            self.admit(context, headers, self._needed(scope), lambda: _is_local(scope, headers))
             await self._run(scope, receive, answer, headers)
         except LLMServeError as error:
             await answer.refuse(error)
         finally:
             CURRENT_REQUEST.reset(token)
-            if self._on_end is not None:
-                self._on_end(context)
+            self.end(context)
 
-    def _admit(self, scope: Scope, headers: Headers) -> Tenant:
+    # What concerns every request, by whichever way it comes.
+
+    def begin(self, path: str, headers: Headers) -> RequestContext:
+        """A request has come: it gets its identity. A request id that cannot be used leaves `headers`."""
+        context = RequestContext(request_id=_request_id(headers), route=path)
+        if self._on_begin is not None:
+            self._on_begin(context, headers.get(b"traceparent", b"").decode("latin-1"))
+        return context
+
+    def admit(self, context: RequestContext, headers: Headers, needed: str, is_local: Callable[[], bool]) -> None:
+        """Who asks, for a route of the scope `needed`. `is_local`: whether surely from this machine; asked only where
+        that matters. Raises UnauthorizedError, ForbiddenError, RateLimitError."""
         if self._gatekeeper.keys is None:
             key = None
         else:
@@ -84,10 +93,23 @@ class Door:
                 headers.get(b"x-api-key", b"").decode("latin-1"),
                 headers.get(b"api-key", b"").decode("latin-1"),
             )
+        context.tenant = self._gatekeeper.admit(key, needed, is_local)
+
+    def limits_time(self, headers: Headers) -> bool:
+        """Whether the request has to be answered within some time."""
+        return self._request_timeout_s > 0 or b"x-request-timeout" in headers
+
+    def end(self, context: RequestContext) -> None:
+        """A request is over."""
+        if self._on_end is not None:
+            self._on_end(context)
+
+    def _needed(self, scope: Scope) -> str:
+        """The scope that a key must have."""
         needed = http_scope(scope["path"])
         if needed == ADMIN and not self._has_route(scope):
-            needed = ANY  # to whoever may ask at all: there is nothing there
-        return self._gatekeeper.admit(key, needed, lambda: _is_local(scope, headers))
+            return ANY  # to whoever may ask at all: there is nothing there
+        return needed
 
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         """Raises DeadlineExceededError once the request's time is up; whatever it had started has been left then."""
@@ -132,17 +154,11 @@ class _Answer:
     async def refuse(self, error: LLMServeError) -> None:
         """Answers with an error; behind the beginning of a stream, as its last event."""
         self.context.error = error.code
-        if self._is_v2:
-            body = msgspec.json.encode({"error": error_text(error)})
-        else:
-            body = msgspec.json.encode(error_body(error))
+        response = refusal(error, is_v2=self._is_v2)
         if not self.context.status:
-            response = error_response(error)
-            response.body = body
-            response.headers["content-length"] = str(len(body))
             await response(self._scope, _nothing, self.send)
         elif self._is_stream:
-            await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+            await self._send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n"})
         # else: the server closes a connection whose answer was not completed
 
     def _begin(self, message: Message) -> None:
@@ -153,12 +169,25 @@ class _Answer:
         self._is_stream = names.get(b"content-type", b"").startswith(b"text/event-stream")
         if self._keeps_id:
             headers = [pair for pair in headers if pair[0] != b"x-request-id"]
-        if self._keeps_id or b"x-request-id" not in names:
-            headers.append((b"x-request-id", context.request_id.encode()))
-        if context.traceparent:
-            headers.append((b"traceparent", context.traceparent.encode()))
-        headers += context.tenant.limits.headers(time.monotonic())
-        message["headers"] = headers
+        own = answer_headers(context)
+        message["headers"] = headers + (own if self._keeps_id or b"x-request-id" not in names else own[1:])
+
+
+def answer_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+    """What the door adds to every answer; the request's id first."""
+    headers = [(b"x-request-id", context.request_id.encode())]
+    if context.traceparent:
+        headers.append((b"traceparent", context.traceparent.encode()))
+    headers += context.tenant.limits.headers(time.monotonic())
+    return headers
+
+
+def refusal(error: LLMServeError, *, is_v2: bool) -> Response:
+    """The answer to a request that the door does not let in, or on, in the shape of the protocol asked in."""
+    response = error_response(error)
+    response.body = msgspec.json.encode({"error": error_text(error)} if is_v2 else error_body(error))
+    response.headers["content-length"] = str(len(response.body))
+    return response
 
 
 async def _nothing() -> Message:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Scope
 
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
+from llmserve.api.http_protocol import DirectHandler
 from llmserve.api.http_server import http_config, open_tls
 from llmserve.api.journal import Journal
 from llmserve.api.tenant_metrics import TenantMetrics
@@ -44,12 +45,19 @@ class Entrance:
         self._tls = open_tls(config)
         self._journal = Journal(config.request_log, config.slow_request_s)
         self._tracer = tracer or (open_tracer() if config.otel else None)
+        self._direct: DirectHandler | None = None
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
-    def wrap(self, app: ASGIApp, has_route: Callable[[Scope], bool] = lambda scope: True) -> ASGIApp:
-        """`app` behind the door: the only way to it. `has_route`: whether it has an answer there."""
-        guarded: ASGIApp = Door(
+    def wrap(
+        self,
+        app: ASGIApp,
+        has_route: Callable[[Scope], bool] = lambda scope: True,
+        make_direct: Callable[[Door], DirectHandler] | None = None,
+    ) -> ASGIApp:
+        """`app` behind the door: the only way to it. `has_route`: whether it has an answer there. `make_direct` makes,
+        behind the same door, who answers what need not come as ASGI; `http_config` leads to both."""
+        door = Door(
             app,
             gatekeeper=self._gatekeeper,
             request_timeout_s=self._config.request_timeout_s,
@@ -57,6 +65,9 @@ class Entrance:
             on_end=self._end,
             has_route=has_route,
         )
+        guarded: ASGIApp = door
+        if make_direct is not None:
+            self._direct = make_direct(door)
         if self._config.cors_origin:  # before the door: a preflight carries no key
             guarded = CORSMiddleware(
                 guarded,
@@ -94,4 +105,4 @@ class Entrance:
 
     def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
         """For the HTTP server."""
-        return http_config(app, self._config, self._tls, drain_timeout_s)
+        return http_config(app, self._config, self._tls, drain_timeout_s, self._direct)

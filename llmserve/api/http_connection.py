@@ -1,4 +1,4 @@
-"""One HTTP connection with limits in time and number: uvicorn's, which has none. Knows no route.
+"""One HTTP connection with limits in time and number, which uvicorn's has not. Knows no route.
 
 Who sends too slowly, or reads too slowly, is let go: a stream is never buffered for a client that does not read it. The
 timers are started by what is not complete yet (headers, a body, a full socket): a request that comes in one piece, or a
@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
+
+from llmserve.api.http_protocol import DirectHandler, HttpProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class ConnectionLimits:
 class LimitedConnections:
     """Makes the connections of one server: what uvicorn takes for a protocol class."""
 
-    def __init__(self, limits: ConnectionLimits) -> None:
+    def __init__(self, limits: ConnectionLimits, direct: DirectHandler | None = None) -> None:
         self._limits = limits
+        self._direct = direct
 
     def __call__(
         self,
@@ -45,10 +47,10 @@ class LimitedConnections:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> LimitedConnection:
-        return LimitedConnection(config, server_state, app_state, _loop, self._limits)
+        return LimitedConnection(config, server_state, app_state, _loop, self._limits, self._direct)
 
 
-class LimitedConnection(HttpToolsProtocol):
+class LimitedConnection(HttpProtocol):
     """Answers 408 to who does not send, 431 to endless headers, 503 to one connection too many; drops who does not
     read."""
 
@@ -59,8 +61,9 @@ class LimitedConnection(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None,
         limits: ConnectionLimits,
+        direct: DirectHandler | None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state, _loop, direct)
         self._limits = limits
         self._reading: TimerHandle | None = None
         self._writing: TimerHandle | None = None

@@ -9,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llmserve.api.http_connection import ConnectionLimits, LimitedConnections
+from llmserve.api.http_protocol import DirectHandler
 from llmserve.api.tls import TlsFiles
 from llmserve.config import DoorConfig
 
@@ -20,11 +21,14 @@ def open_tls(door: DoorConfig) -> TlsFiles | None:
     return TlsFiles(Path(door.tls_certificate), Path(door.tls_key)) if door.tls_certificate else None
 
 
-def http_config(app: ASGIApp, door: DoorConfig, tls: TlsFiles | None, drain_timeout_s: float) -> uvicorn.Config:
-    """For `uvicorn.Server`."""
+def http_config(
+    app: ASGIApp, door: DoorConfig, tls: TlsFiles | None, drain_timeout_s: float, direct: DirectHandler | None
+) -> uvicorn.Config:
+    """For `uvicorn.Server`. `direct` answers what need not go through `app`."""
+    connections = LimitedConnections(connection_limits(door), direct)
     config = uvicorn.Config(
         app,
-        http=LimitedConnections(connection_limits(door)),  # type: ignore[arg-type]  # it is called as a class would be
+        http=connections,  # type: ignore[arg-type]  # it is called as a class would be
         loop="uvloop",
         lifespan="off",
         ws="none",

@@ -16,8 +16,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmserve.api import v2_http_admin as admin
 from llmserve.api import v2_http_generate as generation
 from llmserve.api import v2_http_status as status
-from llmserve.api.v2_errors import MalformedRequestError
-from llmserve.api.v2_http_call import ClientGoneError, DisconnectWatches, HttpAnswer, HttpCall, error_answer
+from llmserve.api.v2_http_call import (
+    CLIENT_CLOSED_REQUEST,
+    ClientGoneError,
+    DisconnectWatches,
+    HttpAnswer,
+    HttpCall,
+    error_answer,
+    refused_answer,
+)
 from llmserve.api.v2_http_infer import infer
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.errors import LLMServeError
@@ -26,7 +33,6 @@ from llmserve.repository.data_plane import DataPlane
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499
 Handler = Callable[[HttpCall, DataPlane], Awaitable[HttpAnswer | None]]  # None: it has sent its answer itself
 Methods = dict[str, Handler]
 
@@ -116,7 +122,7 @@ class V2Http:
         try:
             answer = await handler(call, self._plane)
         except LLMServeError as error:
-            answer = error_answer(error, self._status(error))
+            answer = refused_answer(error, self._settings)
         except ClientGoneError:
             raise
         except Exception as error:  # the HTTP door
@@ -126,10 +132,6 @@ class V2Http:
             answer = error_answer(error)
         if answer is not None:
             await call.answer(answer)
-
-    def _status(self, error: LLMServeError) -> int | None:
-        """Triton calls a body that it cannot read an internal error."""
-        return 500 if isinstance(error, MalformedRequestError) and self._settings.triton_error_statuses else None
 
 
 async def _nobody(*_: object) -> Any:
@@ -166,14 +168,15 @@ def _of_model(rest: list[str], call: HttpCall) -> tuple[str, Methods]:
     prefix = "/v2/models/{model}"
     if rest == ["trace", "setting"]:
         return f"{prefix}/trace/setting", _MODEL_TRACE
-    if len(rest) > 1 and rest[0] == "versions" and _is_version(rest[1]):
+    if len(rest) > 1 and rest[0] == "versions" and is_version(rest[1]):
         call.version = rest[1]
         prefix, rest = f"{prefix}/versions/{{version}}", rest[2:]
     methods = _MODEL.get(tuple(rest), _NO_METHODS)
     return "/".join((prefix, *rest)) if methods else "none", methods
 
 
-def _is_version(text: str) -> bool:
+def is_version(text: str) -> bool:
+    """Whether a path may name a version so."""
     return text.isascii() and text.isdigit() and len(text) < 20
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 import msgspec
@@ -49,7 +48,7 @@ async def load(call: HttpCall, plane: DataPlane) -> HttpAnswer:
         elif key.startswith("file:"):
             try:
                 files[key] = base64.b64decode(value, validate=True)
-            except binascii.Error:
+            except ValueError:
                 raise InvalidRequestError(f"the content of '{key}' is not valid base64", key) from None
         else:
             raise InvalidRequestError(f"unrecognized load parameter '{key}': use 'config' or 'file:<path>'", key)

@@ -14,13 +14,20 @@ from types import TracebackType
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from llmserve.api.v2_errors import error_kind, error_text
+from llmserve.api.v2_errors import MalformedRequestError, error_kind, error_text
 from llmserve.api.v2_settings import V2HttpSettings
-from llmserve.errors import InferenceError, InvalidRequestError, QueueFullError, RequestTooLargeError
+from llmserve.errors import (
+    InferenceError,
+    InvalidRequestError,
+    LLMServeError,
+    QueueFullError,
+    RequestTooLargeError,
+)
 
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
 TEXT = b"text/plain"
+CLIENT_CLOSED_REQUEST = 499
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _JOIN_BELOW_BYTES = 65536  # up to here a copy is cheaper than one more write to the socket
 _WATCH_AFTER_S = 0.05  # quicker requests are over before anyone would notice that their client has gone
@@ -84,8 +91,8 @@ class HttpCall:
         if encoding and encoding not in (b"identity", b"gzip", b"deflate"):
             raise InferenceError("Unsupported compression type", InferenceError.UNSUPPORTED)
         declared = self.headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > limit:
-            raise _too_large(int(declared), limit)
+        if declared.isdigit():
+            check_size(int(declared), limit)
         message = await self._receive_body()
         body: bytes = message.get("body", b"")
         if message.get("more_body"):
@@ -95,12 +102,10 @@ class HttpCall:
                 message = await self._receive_body()
                 chunk = message.get("body", b"")
                 size += len(chunk)
-                if size > limit:
-                    raise _too_large(size, limit)
+                check_size(size, limit)
                 chunks.append(chunk)
             body = b"".join(chunks)
-        if len(body) > limit:
-            raise _too_large(len(body), limit)
+        check_size(len(body), limit)
         if encoding in (b"gzip", b"deflate"):
             return await asyncio.to_thread(_decompress, body, limit)
         return body
@@ -134,7 +139,7 @@ class HttpCall:
 
     async def compress(self, body: bytes, parts: Sequence[Part]) -> tuple[bytes, bytes]:
         """(encoding, compressed body) by what the client accepts; an empty encoding means: send it as it is."""
-        encoding = _preferred_encoding(self.headers.get(b"accept-encoding", b""))
+        encoding = preferred_encoding(self.headers.get(b"accept-encoding", b""))
         if not encoding:
             return b"", body
         whole = b"".join((body, *parts))
@@ -245,10 +250,18 @@ def error_answer(error: BaseException, status: int | None = None) -> HttpAnswer:
     return answer
 
 
-def _too_large(size: int, limit: int) -> RequestTooLargeError:
-    return RequestTooLargeError(
-        f"request JSON size of {size} bytes exceeds the maximum allowed input size of {limit} bytes"
-    )
+def refused_answer(error: LLMServeError, settings: V2HttpSettings) -> HttpAnswer:
+    """The same for an error that is ours. Triton calls a body that it cannot read an internal error."""
+    internal = settings.triton_error_statuses and isinstance(error, MalformedRequestError)
+    return error_answer(error, 500 if internal else None)
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raises RequestTooLargeError for a body of so many bytes."""
+    if size > limit:
+        raise RequestTooLargeError(
+            f"request JSON size of {size} bytes exceeds the maximum allowed input size of {limit} bytes"
+        )
 
 
 def _decompress(body: bytes, limit: int) -> bytes:
@@ -259,8 +272,7 @@ def _decompress(body: bytes, limit: int) -> bytes:
         plain = decompressor.decompress(body, limit + 1)
     except zlib.error as error:
         raise InvalidRequestError(f"the compressed body cannot be read: {error}") from error
-    if len(plain) > limit:
-        raise _too_large(len(plain), limit)
+    check_size(len(plain), limit)
     if not decompressor.eof:
         raise InvalidRequestError("the compressed body ends before its end")
     return plain
@@ -270,7 +282,7 @@ def _compress(body: bytes, encoding: bytes) -> bytes:
     return gzip.compress(body, 1) if encoding == b"gzip" else zlib.compress(body, 1)
 
 
-def _preferred_encoding(accept: bytes) -> bytes:
+def preferred_encoding(accept: bytes) -> bytes:
     """gzip or deflate, whichever the client prefers; empty if it accepts neither or prefers neither."""
     if not accept:
         return b""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from llmserve.backends.batch_message import batch_message, read_response
 from llmserve.backends.infer_stream import InferStream
 from llmserve.backends.inline_instance import InlineInstance
 from llmserve.backends.instance import InstanceSettings
+from llmserve.backends.instance_loads import InstanceLoads
 from llmserve.backends.instance_pool import Instance, InstanceState, ProcessInstance, pids_of, states_of
 from llmserve.backends.model_config import batcher_config, complete, launches, length_buckets, to_dict
 from llmserve.backends.model_messages import MetricSample, Results, Signature
@@ -41,15 +41,6 @@ from llmserve.scheduler.priority_level import QueuedRequest
 logger = logging.getLogger(__name__)
 
 _MIN_TIMER_S = 0.001  # event loops count milliseconds: less would fire before its time, again and again
-
-
-@dataclass(slots=True)
-class _Running:
-    """A batch that an instance executes."""
-
-    instance: Instance
-    rows: int
-    dispatched_ns: int
 
 
 class GeneralModel:
@@ -79,9 +70,8 @@ class GeneralModel:
         self._statistics = ModelStatistics(name, version)
         self._explained = BatchLog()
         self._instances: list[Instance] = []
-        self._free: list[Instance] = []
+        self._loads = InstanceLoads()
         self._in_flight = RequestsInFlight(self._statistics)
-        self._running: dict[int, _Running] = {}
         self._serving = False
         self._reason = "it is not loaded"
         self._num_requests = 0
@@ -97,8 +87,11 @@ class GeneralModel:
         self._pads = bool(buckets)
         self._validator = RequestValidator(config, buckets)
         self._reshape = OutputReshaper(config)
-        self._batcher = DynamicBatcher(batcher_config(config))
-        self._in_flight.decoupled = config.model_transaction_policy.decoupled
+        batching = batcher_config(config)
+        self._batcher = DynamicBatcher(batching)
+        decoupled = config.model_transaction_policy.decoupled
+        self._loads.hands_ahead = not batching.max_batch_size and not decoupled
+        self._in_flight.decoupled = decoupled
         self._in_flight.preserve_ordering = config.dynamic_batching.preserve_ordering
 
     @property
@@ -143,7 +136,9 @@ class GeneralModel:
             await asyncio.gather(*(instance.stop() for instance in self._instances))
             self._reason = str(error)
             raise
-        self._free = [instance for instance in self._instances if instance.state is InstanceState.READY]
+        for instance in self._instances:
+            if instance.state is InstanceState.READY:
+                self._loads.add(instance)
         self._serving, self._reason = True, ""
 
     def infer(self, request: InferRequest) -> InferStream:
@@ -181,7 +176,7 @@ class GeneralModel:
             "queued_by_priority": self._batcher.num_queued_by_level,
             "in_flight": len(self._in_flight),
             "instances": [
-                {"name": i.name, "state": i.state.value, "reason": i.reason, "executing": i not in self._free}
+                {"name": i.name, "state": i.state.value, "reason": i.reason, "executing": not self._loads.is_idle(i)}
                 for i in self._instances
             ],
             "batches": self._explained.entries(),
@@ -206,7 +201,7 @@ class GeneralModel:
                 request.priority,
                 request.timeout_us * 1e-6,
             )
-            self._batcher.add(queued, now_ns * 1e-9, bool(self._free))
+            self._batcher.add(queued, now_ns * 1e-9, self._loads.has_idle)
         except LLMServeError as error:
             refused = isinstance(error, QueueFullError)
             self._statistics.record_failure(FailureReason.REJECTED if refused else FailureReason.OTHER, 0)
@@ -235,10 +230,10 @@ class GeneralModel:
         """Answers requests; a batch that has been executed frees its instance."""
         now_ns = time.monotonic_ns()
         times = ExecutionTimes(0, 0, 0)
-        if results.batch_id and (batch := self._running.pop(results.batch_id, None)) is not None:
-            times = _times(batch.dispatched_ns, results, now_ns)
-            self._statistics.record_execution(batch.rows, times)
-            self._free.append(instance)
+        if results.batch_id and (ended := self._loads.end(instance, results, now_ns)) is not None:
+            running, times = ended
+            self._statistics.record_execution(running.batch.rows, times)
+            self._in_flight.begun(running.batch, running.begun_ns)
             if self._batcher:
                 self._dispatch()  # before the answers go out: the instance has work meanwhile
         reader = PayloadReader(payload)
@@ -250,25 +245,27 @@ class GeneralModel:
                 self._in_flight.answer(stream, response, entry.final, times, now_ns)
         for sample in results.metrics or ():
             self.custom_metrics[sample.name, tuple(sorted(sample.labels.items()))] = sample
-        if not instance.open_requests and instance in self._free:
+        if not instance.open_requests and self._loads.is_idle(instance):
             instance.rest()
 
     def on_ready(self, instance: Instance) -> None:
         """An instance has been restarted."""
         instance.open_requests = 0
-        self._free.append(instance)
+        self._loads.add(instance)
         self._dispatch()
 
     def on_lost(self, instance: Instance, error: LLMServeError) -> None:
-        """An instance has died: its requests fail, and those that wait too if nobody is about to take them."""
-        if instance in self._free:
-            self._free.remove(instance)
-        for batch_id in [batch_id for batch_id, batch in self._running.items() if batch.instance is instance]:
-            del self._running[batch_id]
+        """An instance has died: its requests fail, but for those it never began; and those that wait too if nobody is
+        about to take them."""
+        unbegun = self._loads.remove(instance)
+        for batch in reversed(unbegun):
+            self._batcher.put_back([queued for queued in batch.requests if self._in_flight.take_back(queued.id)])
         self._in_flight.fail_all(error, instance)
         if not self._may_serve_soon():
             self._batcher.drain()
             self._in_flight.fail_all(NotReadyError(f"Model {self.name!r} is not ready: {error.message}"), None)
+        elif unbegun:
+            self._dispatch()  # others may be idle
 
     def _complete(self, signature: Signature) -> dict[str, Any]:
         self._config = complete(self._config, signature)
@@ -289,11 +286,11 @@ class GeneralModel:
         for request in self._batcher.expire(now_s):
             error = DeadlineExceededError("Request timeout expired")
             self._in_flight.fail(self._in_flight[request.id], error, FailureReason.REJECTED)
-        while self._free and (batch := self._batcher.next_batch(now_s)) is not None:
-            self._execute(self._free.pop(), batch)
+        while (instance := self._loads.next()) and (batch := self._batcher.next_batch(now_s)) is not None:
+            self._execute(instance, batch)
         if not self._batcher:
             return
-        due_s = self._batcher.next_event_s(bool(self._free))
+        due_s = self._batcher.next_event_s(self._loads.has_idle)
         if due_s is not None and (self._timer is None or due_s < self._timer_due_s):
             if self._timer is not None:
                 self._timer.cancel()
@@ -310,7 +307,7 @@ class GeneralModel:
         now_ns = time.monotonic_ns()
         streams = [self._in_flight[request.id] for request in batch.requests]
         self._num_batches += 1
-        self._running[self._num_batches] = _Running(instance, batch.rows, now_ns)
+        self._loads.begin(instance, self._num_batches, batch, now_ns)
         oldest_ns = now_ns
         for stream in streams:
             stream.dispatched_ns = now_ns
@@ -324,16 +321,6 @@ class GeneralModel:
         try:
             instance.execute(message, payload)
         except ModelExecutionError as error:
-            del self._running[self._num_batches]
-            self._free.append(instance)
+            self._loads.give_up(instance, self._num_batches)
             for stream in streams:
                 self._in_flight.fail(stream, error, FailureReason.BACKEND)
-
-
-def _times(dispatched_ns: int, results: Results, now_ns: int) -> ExecutionTimes:
-    """The phases of one execution. Both processes read the same clock, so nothing is missing between them."""
-    return ExecutionTimes(
-        compute_input_ns=max(0, results.started_ns - dispatched_ns),
-        compute_infer_ns=max(0, results.ended_ns - results.started_ns),
-        compute_output_ns=max(0, now_ns - results.ended_ns),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Protocol
 
 from llmserve.backends.response_window import ACKNOWLEDGED_UNITS, units
@@ -36,6 +36,7 @@ class InferStream(AsyncIterator[InferResponse]):
     """Starts at the first `__anext__`. Ending it early, by `aclose` or by cancelling who waits, cancels the request."""
 
     __slots__ = (
+        "_deliver",
         "_ready",
         "_taken",
         "_target",
@@ -60,6 +61,7 @@ class InferStream(AsyncIterator[InferResponse]):
         self._target = target
         self._ready: deque[InferResponse | LLMServeError] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._deliver: Callable[[InferResponse | LLMServeError], None] | None = None
         self._taken = 0  # units, not acknowledged yet
         # the model's side keeps its notes here
         self.id = 0
@@ -70,6 +72,15 @@ class InferStream(AsyncIterator[InferResponse]):
         self.only_response: InferResponse | None = None
         self.instance: Instance | None = None
         self.checked: CheckedRequest
+
+    def deliver(self, take: Callable[[InferResponse | LLMServeError], None]) -> None:
+        """In place of iterating, without a task: `take` gets every response, and the error that ends the stream.
+
+        Raises LLMServeError if the request is refused.
+        """
+        self._deliver = take
+        self.started = True
+        self._target.submit(self)
 
     async def __anext__(self) -> InferResponse:
         if not self.started:
@@ -103,6 +114,10 @@ class InferStream(AsyncIterator[InferResponse]):
 
     async def aclose(self) -> None:
         """Cancels the request if it is not finished."""
+        self.close()
+
+    def close(self) -> None:
+        """`aclose`, which waits for nothing."""
         self._ready.clear()
         if self.started and not self.done:
             self.done = True
@@ -112,6 +127,9 @@ class InferStream(AsyncIterator[InferResponse]):
     def put(self, item: InferResponse | LLMServeError, final: bool) -> None:
         """The next response, or the error that ends the stream."""
         self.done = final
+        if self._deliver is not None:
+            self._deliver(item)
+            return
         self._ready.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -36,6 +36,7 @@ from llmserve.errors import LLMServeError, ModelExecutionError, ModelLoadError
 logger = logging.getLogger(__name__)
 
 OnResults = Callable[[Results, memoryview], None]
+_JOINED_BYTES = 64 * 1024
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -202,12 +203,13 @@ class InstanceProcess:
             raise ModelExecutionError(f"A message to {self.name} cannot be written: {error}") from error
         self._unsent.append((memoryview(frame), fd))
         if len(self._unsent) == 1:
-            self._flush()
+            self._loop.call_soon(self._flush)  # with what else is sent in this round of the loop
 
     def _flush(self) -> None:
         """Sends what the socket takes; the rest when it takes more."""
         try:
             while self._unsent:
+                self._join_unsent()
                 frame, fd = self._unsent[0]
                 sent = socket.send_fds(self._socket, [frame], [fd]) if fd is not None else self._socket.send(frame)
                 if fd is not None:
@@ -226,6 +228,17 @@ class InstanceProcess:
         if self._is_writing:
             self._is_writing = False
             self._loop.remove_writer(self._socket.fileno())
+
+    def _join_unsent(self) -> None:
+        """Small frames are sent together: the process wakes up once for all of them."""
+        joined: list[memoryview] = []
+        num_bytes = 0
+        while self._unsent and self._unsent[0][1] is None and num_bytes < _JOINED_BYTES:
+            frame, _ = self._unsent.popleft()
+            joined.append(frame)
+            num_bytes += len(frame)
+        if joined:
+            self._unsent.appendleft((memoryview(b"".join(joined)) if len(joined) > 1 else joined[0], None))
 
     def _receive(self) -> bool:
         """Takes what the socket brings; False if nothing more can come. A process that talks nonsense is killed."""

@@ -10,6 +10,7 @@ from llmserve.backends.instance_pool import Instance
 from llmserve.errors import LLMServeError
 from llmserve.general_metrics import ExecutionTimes, FailureReason, ModelStatistics
 from llmserve.inference import InferResponse
+from llmserve.scheduler.dynamic_batcher import Batch
 from llmserve.scheduler.response_order import ResponseOrder
 
 _ANY = object()
@@ -48,6 +49,20 @@ class RequestsInFlight:
         instance.open_requests += 1
         if self.preserve_ordering:
             self._order.begin(stream.id)
+
+    def begun(self, batch: Batch, begun_ns: int) -> None:
+        """When the instance that has answered a batch began with it: until then its requests were in a queue."""
+        for queued in batch.requests:
+            if (stream := self._streams.get(queued.id)) is not None:
+                stream.dispatched_ns = begun_ns
+
+    def take_back(self, request_id: int) -> bool:
+        """The instance that had it never began it: it waits again. False if nobody waits for it any more."""
+        stream = self._streams.get(request_id)
+        if stream is None or stream.done:
+            return False
+        stream.instance = None
+        return True
 
     def answer(
         self,

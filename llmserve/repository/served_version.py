@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from llmserve.backends.infer_stream import InferStream
 from llmserve.errors import LLMServeError, ModelLoadError
 from llmserve.general_metrics import ModelStatistics
 from llmserve.inference import InferRequest, InferResponse
@@ -157,12 +158,13 @@ class ServedVersion:
 class Answering(AsyncIterator[InferResponse]):
     """The responses to one request, which its version counts from the first `anext` until it is closed."""
 
-    __slots__ = ("_counted", "_responses", "_version")
+    __slots__ = ("_counted", "_responses", "_take", "_version")
 
     def __init__(self, responses: ResponseStream, version: ServedVersion) -> None:
         self._responses = responses
         self._version = version
         self._counted = False
+        self._take: Callable[[InferResponse | LLMServeError], None]
 
     def __anext__(self) -> Awaitable[InferResponse]:
         if not self._counted:
@@ -170,14 +172,44 @@ class Answering(AsyncIterator[InferResponse]):
             self._version.begin_request()
         return self._responses.__anext__()
 
+    def deliver(self, take: Callable[[InferResponse | LLMServeError], None]) -> bool:
+        """In place of iterating: `take` gets every response, or the error. False, and nothing has begun, if the model
+        can only be iterated over. Raises LLMServeError if the request is refused. `close` cancels it."""
+        if not isinstance(self._responses, InferStream):
+            return False
+        self._counted = True
+        self._version.begin_request()
+        self._take = take
+        try:
+            self._responses.deliver(self._pass_on)
+        except LLMServeError:
+            self._uncount()
+            raise
+        return True
+
     async def aclose(self) -> None:
         """Cancels the request if it is not finished. To be called in any case."""
         try:
             await self._responses.aclose()
         finally:
-            if self._counted:
-                self._counted = False
-                self._version.end_request()
+            self._uncount()
+
+    def close(self) -> None:
+        """Cancels what `deliver` has begun, if it is not finished."""
+        assert isinstance(self._responses, InferStream)
+        self._responses.close()
+        self._uncount()
+
+    def _pass_on(self, item: InferResponse | LLMServeError) -> None:
+        assert isinstance(self._responses, InferStream)
+        if self._responses.done:
+            self._uncount()
+        self._take(item)
+
+    def _uncount(self) -> None:
+        if self._counted:
+            self._counted = False
+            self._version.end_request()
 
 
 def read_labels(config: ModelConfig, folder: ModelFolder) -> dict[str, list[str]]:

@@ -7,14 +7,19 @@ import socket
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
 
+from llmserve.api.entrance import Entrance
 from llmserve.api.v2_grpc import GrpcServer
 from llmserve.api.v2_http import V2Http
+from llmserve.api.v2_http_direct import DirectInfer
 from llmserve.api.v2_settings import V2HttpSettings
+from llmserve.config import DoorConfig
+from llmserve.http_metrics import HttpMetrics
 from llmserve.repository.data_plane import DataPlane
 from llmserve.repository.model_repository import ModelRepository
 from llmserve.repository.model_version import OpenVersion
@@ -31,6 +36,7 @@ class V2Server:
         self.plane = plane
         self.http_port = 0
         self.grpc_port = 0
+        self.metrics = HttpMetrics()
         self._loop = loop
 
     @property
@@ -50,9 +56,13 @@ class V2Server:
 
 @contextmanager
 def serve_v2(
-    settings: RepositorySettings, opener: OpenVersion, http_settings: V2HttpSettings | None = None
+    settings: RepositorySettings,
+    opener: OpenVersion,
+    http_settings: V2HttpSettings | None = None,
+    door: DoorConfig | None = None,
 ) -> Iterator[V2Server]:
     """Loads the repository, then serves it."""
+    limits = http_settings or V2HttpSettings()
     listener = socket.create_server(("127.0.0.1", 0))
     started: list[V2Server | BaseException] = []
     ready, end = threading.Event(), threading.Event()
@@ -61,10 +71,12 @@ def serve_v2(
         repository = ModelRepository(settings, opener)
         plane = DataPlane(repository, version="0.0")
         server = V2Server(repository, plane, asyncio.get_running_loop())
-        app = V2Http(Starlette(), plane=plane, settings=http_settings or V2HttpSettings())
-        http = uvicorn.Server(
-            uvicorn.Config(app, http="httptools", lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        entrance = Entrance(door)
+        app = entrance.wrap(
+            V2Http(Starlette(), plane=plane, settings=limits, metrics=server.metrics),
+            partial(DirectInfer, plane=plane, settings=limits, metrics=server.metrics),
         )
+        http = uvicorn.Server(entrance.http_config(app, 1.0))
         grpc_server = GrpcServer(plane, "127.0.0.1", 0)
         await grpc_server.start()
         await repository.start()

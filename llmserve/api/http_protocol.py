@@ -1,0 +1,180 @@
+"""One HTTP connection: uvicorn's, and beside its way to the ASGI application a short one. Knows no route.
+
+uvicorn makes a scope, a cycle, an event, a task and two writes of every request; a small inference costs less. One that
+a `DirectHandler` takes is handed over when its body is complete, in the call that read it from the socket, and its
+answer is one write. Whatever is out of the ordinary goes the way of ASGI: a large body or one of unknown length, a
+request that comes before the one before it is answered, a client that does not read, HTTP/1.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+Part = bytes | bytearray | memoryview
+HeaderList = Sequence[tuple[bytes, bytes]]
+_SMALL_BYTES = 65536  # of a body; up to here a copy is cheaper than one more write to the socket
+
+
+class DirectHandler(Protocol):
+    """Who answers on the short way. It must not raise."""
+
+    def accepts(self, method: bytes, url: bytes, headers: dict[bytes, bytes]) -> bool:
+        """Whether it takes a request that looks so: asked before there is a body."""
+        ...
+
+    def serve(self, exchange: DirectExchange) -> None:
+        """Answers a request, now or later, unless its client goes; it may have gone before all was here."""
+        ...
+
+
+class _NoEvent:
+    """Nobody waits for a request that is complete."""
+
+    def set(self) -> None:
+        """Nothing."""
+
+
+class DirectExchange:
+    """A complete request and the way back to its client. For uvicorn it is the connection's cycle."""
+
+    __slots__ = (
+        "_connection",
+        "body",
+        "disconnected",
+        "headers",
+        "keep_alive",
+        "more_body",
+        "on_gone",
+        "response_complete",
+        "response_started",
+        "url",
+    )
+
+    message_event = _NoEvent()
+
+    def __init__(self, connection: HttpProtocol, headers: dict[bytes, bytes]) -> None:
+        self._connection = connection
+        self.url = connection.url
+        self.headers = headers  # names in lower case
+        self.body = b""
+        self.on_gone: Callable[[], None] | None = None  # called if the client goes before it is answered
+        self.keep_alive = connection.parser.should_keep_alive()
+        self.more_body = True
+        self.disconnected = self.response_started = self.response_complete = False
+
+    def answer(self, status: int, headers: HeaderList, body: Part, parts: Sequence[Part] = ()) -> None:
+        """Sends the whole answer, `parts` after `body`; once. Nothing if the client has gone."""
+        if not self.disconnected:
+            self.on_gone = None
+            self.response_started = self.response_complete = True
+            self._connection.answer(self, status, headers, body, parts)
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.disconnected = True
+        if self.on_gone is not None:
+            self.on_gone()
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """`direct`: who answers on the short way, if anybody."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None,
+        direct: DirectHandler | None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._direct = direct
+        self._exchange: DirectExchange | None = None  # what is being read or answered on the short way
+        self._defaults: HeaderList = ()
+        self._default_lines = b""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Whoever is still answering gets to know."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.leave()
+            if exchange.more_body and self._direct is not None:
+                self._direct.serve(exchange)
+        super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        """Which way the request goes."""
+        headers = dict(self.headers)
+        if not self._is_direct(headers):
+            super().on_headers_complete()
+            return
+        exchange = self._exchange = DirectExchange(self, headers)
+        self.cycle = exchange  # type: ignore[assignment]  # all that uvicorn's protocol asks of one is there
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body; mostly all of it."""
+        exchange = self._exchange
+        if exchange is not None and exchange.more_body:
+            exchange.body += body
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is answered once all of it is here."""
+        exchange = self._exchange
+        if exchange is None or not exchange.more_body:
+            super().on_message_complete()
+            return
+        assert self._direct is not None
+        exchange.more_body = False
+        self._direct.serve(exchange)
+
+    def answer(
+        self, exchange: DirectExchange, status: int, headers: HeaderList, body: Part, parts: Sequence[Part]
+    ) -> None:
+        """`DirectExchange.answer`."""
+        self._exchange = None
+        length = len(body) + sum(memoryview(part).nbytes for part in parts) if parts else len(body)
+        lines: list[Part] = [STATUS_LINE[status], self._default_head()]
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        if not exchange.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines += (b"content-length: %d\r\n\r\n" % length, body)
+        if length <= _SMALL_BYTES:
+            self.transport.write(b"".join((*lines, *parts)))
+        else:
+            self.transport.write(b"".join(lines))
+            for part in parts:
+                self.transport.write(part)
+        if not exchange.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _is_direct(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a request goes the short way."""
+        direct, parser = self._direct, self.parser
+        length = headers.get(b"content-length", b"")
+        return (
+            direct is not None
+            and (self.cycle is None or self.cycle.response_complete)
+            and length.isdigit()
+            and int(length) <= _SMALL_BYTES
+            and not self.flow.write_paused
+            and not parser.should_upgrade()
+            and parser.get_http_version() == "1.1"
+            and direct.accepts(parser.get_method(), self.url, headers)
+        )
+
+    def _default_head(self) -> bytes:
+        """The lines that every answer has; uvicorn makes them anew each second."""
+        if self._defaults is not self.server_state.default_headers:
+            self._defaults = self.server_state.default_headers
+            self._default_lines = b"".join(b"%s: %s\r\n" % header for header in self._defaults)
+        return self._default_lines
