@@ -74,7 +74,7 @@ def serve_v2(
         entrance = Entrance(door)
         app = entrance.wrap(
             V2Http(Starlette(), plane=plane, settings=limits, metrics=server.metrics),
-            partial(DirectInfer, plane=plane, settings=limits, metrics=server.metrics),
+            make_direct=partial(DirectInfer, plane=plane, settings=limits, metrics=server.metrics),
         )
         http = uvicorn.Server(entrance.http_config(app, 1.0))
         grpc_server = GrpcServer(plane, "127.0.0.1", 0)
