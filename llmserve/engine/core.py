@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from llmserve.messages import EngineRequest, EngineStats, StepOutputs
+from llmserve.messages import EngineRequest, EngineStats, SequenceOutput, StepOutputs
 from llmserve.scheduler.budget import TokenBudget
 from llmserve.scheduler.drafts import Drafter
 from llmserve.scheduler.output import SchedulerOutput
@@ -60,16 +60,23 @@ class EngineCore:
         started_s = self._clock()
         scheduled = self._scheduler.schedule(started_s)
         computed = self._runner.execute(scheduled)
-        return self._update(scheduled, computed, started_s)
-
-    def _update(self, scheduled: SchedulerOutput, computed: ModelRunnerOutput, started_s: float) -> StepOutputs:
         outputs = self._scheduler.update(scheduled, computed.sampled)
+        return self._finish(scheduled, computed, outputs, self._scheduler.stats(), started_s)
+
+    def _finish(
+        self,
+        scheduled: SchedulerOutput,
+        computed: ModelRunnerOutput,
+        outputs: list[SequenceOutput],
+        stats: EngineStats,
+        started_s: float,
+    ) -> StepOutputs:
+        """What is said of a step, to the server and to those who learn from how long it took."""
         if computed.logprobs or computed.prompt_logprobs:
             for output in outputs:
                 if (logprobs := computed.logprobs.get(output.request_id)) is not None:
                     output.logprobs = logprobs[: len(output.token_ids)]
                 output.prompt_logprobs = computed.prompt_logprobs.get(output.request_id)
-        stats = self._scheduler.stats()
         num_decoding = sum(output.finish_reason is None for output in outputs)
         ended_s = self._clock()
         duration_s = ended_s - started_s
