@@ -25,6 +25,7 @@ class FakeEvent:
     def wait(self) -> None:
         """Counted as a wait; does the work before it."""
         self._device.counts["waits"] += 1
+        self._device.num_behind.append(self._device.num_queued - self._number)
         self._device.do_until(self._number)
 
 
@@ -48,6 +49,7 @@ class FakeDevice:
         self.counts: Counter[str] = Counter()
         self.ignores_events = False  # a fault to plant: an event that does not wait
         self.num_queued = 0
+        self.num_behind: list[int] = []  # of each wait: pieces of work queued behind what it waited for
         self._num_done = 0
         self._queue: deque[Callable[[], None]] = deque()
         self._pinned: set[int] = set()
