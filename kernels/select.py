@@ -13,6 +13,7 @@ from llmserve.kernels.moe_ops import MoEOps
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.kernels.reference_moe import ReferenceMoE
+from llmserve.kernels.step_ops import ReferenceStepOps, StepOps
 
 logger = logging.getLogger(__name__)
 
@@ -47,3 +48,8 @@ def _select_gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 def select_moe(ops: Ops) -> MoEOps:
     """What runs mixtures of experts beside `ops`."""
     return ReferenceMoE(ops)
+
+
+def select_step_ops(ops: Ops) -> StepOps:
+    """What makes a step's inputs on the device of `ops`."""
+    return ReferenceStepOps()

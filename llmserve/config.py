@@ -22,6 +22,20 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_memory(text: str) -> float:
+    """'0.6' or '60%' -> that share, at most 1; '40GiB' or a number above 1 -> bytes. Raises ConfigError."""
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        return float(parse_bytes(text))
+    if 0 < share <= 1:
+        return share
+    if text.strip().endswith("%"):
+        raise ConfigError(f"{text!r} is not a share of a device's memory. Write it like 60% or 0.6.")
+    return float(parse_bytes(text))
+
+
 def format_bytes(num_bytes: float) -> str:
     """Bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB"):
@@ -32,7 +46,8 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a flag, an environment variable and a TOML key. `kind` "bytes" takes units."""
+    """A dataclass field that is also a flag, an environment variable and a TOML key. "bytes" takes units,
+    "memory" a share as well."""
     metadata = {"help": text, "kind": kind, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -72,6 +87,19 @@ class EngineConfig:
     max_queue_time_s: float = setting(60.0, "A request that would wait longer for its turn gets a 429; 0: none does.")
     max_num_batched_tokens: int | None = setting(None, "Token budget of a step.")
     kv_cache_memory: int | None = setting(None, "Memory for the KV cache, e.g. 2GiB.", kind="bytes")
+    gpu_memory: float | None = setting(
+        None,
+        "Memory of the GPU that this model may take in all: a share of the device (0.6) or an amount (40GiB). By "
+        "default nine tenths of what is free.",
+        kind="memory",
+    )
+    enforce_eager: bool = setting(False, "On a GPU, launch every step op by op: no CUDA graphs.")
+    cuda_graph_capture: str = setting(
+        "start",
+        "When CUDA graphs are captured: before the first request, or when first needed.",
+        choices=("start", "lazy"),
+    )
+    async_scheduling: bool = setting(True, "On a GPU, schedule a step while the one before it runs.")
     block_size: int = setting(16, "Tokens in a KV cache block.")
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings.")
     scheduling_policy: str = setting("fcfs", "Order of waiting requests.", choices=("fcfs", "priority", "fair"))
@@ -93,7 +121,9 @@ class EngineConfig:
         _require_at_least(self, "max_logprobs", 0)
         for name, least in (("max_queued_seqs", 1), ("max_queued_tokens", 1), ("max_queue_time_s", 0)):
             _require_at_least(self, name, least)
-        for name in ("device", "dtype", "quantization", "speculation"):
+        if self.gpu_memory is not None and not self.gpu_memory > 0:
+            raise ConfigError(f"gpu_memory must be a share (0.6) or an amount (40GiB), not {self.gpu_memory}.")
+        for name in ("device", "dtype", "quantization", "speculation", "cuda_graph_capture"):
             _require_choice(self, name)
         if self.block_size < 16 or self.block_size % 16:
             raise ConfigError(f"block_size must be a multiple of 16, not {self.block_size}.")

@@ -158,13 +158,14 @@ class MemoryPlan(msgspec.Struct, tag="plan", kw_only=True):
     weight_bytes: int
     activation_bytes: int
     kv_cache_bytes: int
-    available_bytes: int
+    available_bytes: int  # free on the device, as far as this model may take it
     block_size: int
     num_blocks: int
     num_tokens: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    graph_bytes: int = 0  # of CUDA graphs: measured, so not known before the weights are loaded
     vocab_size: int  # rows of the embedding: ids at or above it do not exist, whatever the tokenizer says
 
 

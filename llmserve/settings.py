@@ -26,6 +26,7 @@ from llmserve.config import (
     ServeConfig,
     ServerConfig,
     parse_bytes,
+    parse_memory,
     setting_names,
 )
 from llmserve.errors import ConfigError
@@ -156,7 +157,9 @@ def _scalar_type(field: dataclasses.Field[Any]) -> type:
 def _metavar(field: dataclasses.Field[Any]) -> str:
     if field.metadata["choices"]:
         return "{" + ",".join(field.metadata["choices"]) + "}"
-    return "BYTES" if field.metadata["kind"] == "bytes" else {int: "N", float: "X"}.get(_scalar_type(field), "TEXT")
+    if field.metadata["kind"]:
+        return {"bytes": "BYTES", "memory": "SHARE|BYTES"}[field.metadata["kind"]]
+    return {int: "N", float: "X"}.get(_scalar_type(field), "TEXT")
 
 
 def _convert(name: str, value: Any, where: str) -> Any:
@@ -168,6 +171,8 @@ def _convert(name: str, value: Any, where: str) -> Any:
     try:
         if field.metadata["kind"] == "bytes" and isinstance(value, str):
             return parse_bytes(value)
+        if field.metadata["kind"] == "memory" and not isinstance(value, bool):
+            return parse_memory(str(value))
         if wanted is bool and isinstance(value, str):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
         if isinstance(value, bool) is not (wanted is bool):

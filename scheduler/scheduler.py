@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from llmserve.errors import ConfigError, InvalidRequestError
+from llmserve.errors import InvalidRequestError
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, EngineStats, SequenceOutput
-from llmserve.scheduler.budget import TokenBudget
+from llmserve.scheduler.budget import TokenBudget, check_limits
 from llmserve.scheduler.drafts import MAX_STEP_DRAFTS, DraftCandidate, Drafter
 from llmserve.scheduler.output import ResumedRequestData, SchedulerOutput
 from llmserve.scheduler.policy import Policy
@@ -57,17 +57,7 @@ class Scheduler:
         admitted only if `watermark`, a share of all blocks, stays free for those that run; when nothing runs it is not
         held to that. Without a `drafter` there is no speculation. Raises ConfigError.
         """
-        if max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, not {max_num_seqs}.")
-        if budget.max_num_batched_tokens < max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens ({budget.max_num_batched_tokens}) must be at least max_num_seqs "
-                f"({max_num_seqs}), or a step could not give every running request one token."
-            )
-        if long_prefill_token_threshold < 0:
-            raise ConfigError(f"long_prefill_token_threshold must be 0 or more, not {long_prefill_token_threshold}.")
-        if not 0 <= watermark < 1:
-            raise ConfigError(f"watermark must be a share of the blocks from 0 to below 1, not {watermark}.")
+        check_limits(max_num_seqs, budget.max_num_batched_tokens, long_prefill_token_threshold, watermark)
         self._kv_cache = kv_cache
         self._policy = policy
         self._budget = budget
@@ -96,6 +86,15 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any request is unfinished. `finished_ids` not yet sent are no work: they go with the next step."""
         return bool(self._requests)
+
+    def holds(self, request: Request) -> bool:
+        """Whether this very request is unfinished; another may have its id."""
+        return self._requests.get(request.request_id) is request
+
+    def complete_requests(self, output: SchedulerOutput) -> list[Request]:
+        """Those for which the step just scheduled draws a token: all they have will be computed."""
+        scheduled = map(self._requests.__getitem__, output.num_scheduled_tokens)
+        return [request for request in scheduled if request.num_computed_tokens == len(request.token_ids)]
 
     def stats(self) -> EngineStats:
         """The gauges as they are now, and what the last step scheduled did."""

@@ -65,11 +65,9 @@ class EngineCore:
         """One turn of the loop; the tokens of every request that got one, and the end of those that came too late."""
         started_s = self._clock()
         overdue = self._drop_overdue(started_s)
-        if overdue and not self._scheduler.has_work():
+        if overdue and not self.has_work():
             return StepOutputs(step=self.num_steps, time_s=started_s, outputs=overdue, stats=self.stats())
-        scheduled = self._scheduler.schedule(started_s)
-        computed = self._runner.execute(scheduled)
-        step = self._update(scheduled, computed, started_s)
+        step = self._turn(started_s)
         step.outputs += overdue
         return step
 
@@ -80,8 +78,21 @@ class EngineCore:
         error = (DeadlineExceededError.code, "The request was not answered by its deadline.")
         return [SequenceOutput(request_id, [], FinishReason.ERROR, error=error) for request_id in overdue]
 
-    def _update(self, scheduled: SchedulerOutput, computed: ModelRunnerOutput, started_s: float) -> StepOutputs:
+    def _turn(self, started_s: float) -> StepOutputs:
+        scheduled = self._scheduler.schedule(started_s)
+        computed = self._runner.execute(scheduled)
         outputs = self._scheduler.update(scheduled, computed.sampled)
+        return self._finish(scheduled, computed, outputs, self._scheduler.stats(), started_s)
+
+    def _finish(
+        self,
+        scheduled: SchedulerOutput,
+        computed: ModelRunnerOutput,
+        outputs: list[SequenceOutput],
+        stats: EngineStats,
+        started_s: float,
+    ) -> StepOutputs:
+        """What is said of a step, to the server and to those who learn from how long it took."""
         if computed.logprobs or computed.prompt_logprobs:
             for output in outputs:
                 if (logprobs := computed.logprobs.get(output.request_id)) is not None:
@@ -91,7 +102,6 @@ class EngineCore:
             for output in outputs:
                 if output.finish_reason is not None:
                     self._deadlines.forget(output.request_id)
-        stats = self._scheduler.stats()
         num_decoding = sum(output.finish_reason is None for output in outputs)
         ended_s = self._clock()
         duration_s = ended_s - started_s

@@ -11,8 +11,10 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable
+from itertools import chain
 
 from llmserve.engine.core import Runner
+from llmserve.engine.overlap import LaunchedStep, LaunchingRunner
 from llmserve.scheduler.output import SchedulerOutput
 from llmserve.worker.output import ModelRunnerOutput
 
@@ -71,4 +73,48 @@ class RecordedRunner:
         self._recorder.begin(output.num_scheduled_tokens)
         computed = self._runner.execute(output)
         self._recorder.end()
+        return computed
+
+
+class RecordedLauncher(RecordedRunner):
+    """A runner whose steps overlap. All that are on their way are noted: which of them ended the engine, nobody
+    knows."""
+
+    def __init__(self, runner: LaunchingRunner, recorder: FlightRecorder) -> None:
+        super().__init__(runner, recorder)
+        self._launcher = runner
+        self._on_their_way: list[list[str]] = []
+
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        """One step of the runner, noted until its result is taken."""
+        if not output.num_scheduled_tokens:
+            return self._launcher.launch(output)
+        self._on_their_way.append(list(output.num_scheduled_tokens))
+        self._note()
+        return _RecordedStep(self._launcher.launch(output), self)
+
+    def ended(self) -> None:
+        """The oldest step on its way is over."""
+        del self._on_their_way[0]
+        self._note()
+
+    def _note(self) -> None:
+        self._recorder.begin(dict.fromkeys(chain.from_iterable(self._on_their_way)))
+
+
+class _RecordedStep:
+    """A launched step that says when it is over."""
+
+    def __init__(self, step: LaunchedStep, launcher: RecordedLauncher) -> None:
+        self._step = step
+        self._launcher = launcher
+
+    @property
+    def holds_up_next(self) -> bool:
+        return self._step.holds_up_next
+
+    def result(self) -> ModelRunnerOutput:
+        """Of the step."""
+        computed = self._step.result()
+        self._launcher.ended()
         return computed

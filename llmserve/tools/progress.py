@@ -71,6 +71,8 @@ def plan_table(name: str, plan: MemoryPlan) -> Table:
     table.add_column()
     table.add_row("weights", format_bytes(plan.weight_bytes), f"{plan.dtype}, {plan.weight_format}")
     table.add_row("activations", format_bytes(plan.activation_bytes), f"{plan.max_num_batched_tokens} tokens a step")
+    if plan.graph_bytes:
+        table.add_row("CUDA graphs", format_bytes(plan.graph_bytes), "")
     table.add_row(
         "KV cache",
         format_bytes(plan.kv_cache_bytes),

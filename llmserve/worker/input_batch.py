@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmserve.messages import SamplingParams
+from llmserve.scheduler.lookahead import PENDING
 from llmserve.scheduler.output import SchedulerOutput
 
 IntArray = npt.NDArray[np.int64]
@@ -32,6 +33,25 @@ class StepInputs:
     sample_sequences: IntArray  # [r]: which of the s sequences they belong to
 
 
+@dataclass(slots=True)
+class Draws:
+    """The r tokens of a step in flight: whose they are, and where they will stand."""
+
+    request_ids: list[str]
+    rows: IntArray  # [r]
+    positions: IntArray  # [r]
+    stays: IntArray  # [r]: of the rows, when the step began
+
+
+@dataclass(slots=True)
+class _Parked:
+    """What is kept of a preempted request."""
+
+    token_ids: npt.NDArray[np.int32]
+    num_prompt_tokens: int
+    stay: int
+
+
 class InputBatch:
     """Rows of `max_num_seqs` running requests; preempted ones keep their tokens outside until they resume."""
 
@@ -50,10 +70,12 @@ class InputBatch:
         self.top_p = np.ones(max_num_seqs, dtype=np.float32)
         self.min_p = np.zeros(max_num_seqs, dtype=np.float32)
         self.seeds = np.zeros(max_num_seqs, dtype=np.int64)
+        self.stays = np.zeros(max_num_seqs, dtype=np.int64)  # which entry into the batch a row holds; 0: none
         self.row_of: dict[str, int] = {}
         self.params: dict[str, SamplingParams] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._parked: dict[str, tuple[npt.NDArray[np.int32], int]] = {}  # preempted: tokens, number of prompt tokens
+        self._parked: dict[str, _Parked] = {}
+        self._num_stays = 0
 
     def apply(self, output: SchedulerOutput) -> None:
         """Brings the rows up to what the scheduler decided."""
@@ -67,8 +89,10 @@ class InputBatch:
             num_prompt = len(new.prompt_token_ids)
             self._enter(new.request_id, tokens, num_prompt, new.block_ids, new.num_computed_tokens)
         for request_id, resumed in output.resumed_requests.items():
-            tokens, num_prompt = self._parked.pop(request_id)
-            self._enter(request_id, tokens, num_prompt, resumed.block_ids, resumed.num_computed_tokens)
+            parked = self._parked.pop(request_id)
+            self._enter(
+                request_id, parked.token_ids, parked.num_prompt_tokens, resumed.block_ids, resumed.num_computed_tokens
+            )
         for request_id, block_ids in output.new_block_ids.items():
             row = self.row_of[request_id]
             held = self.num_blocks[row]
@@ -129,6 +153,25 @@ class InputBatch:
         self.token_ids[rows, self.num_tokens[rows] - 1] = sampled[ends - 1]
         return num_kept
 
+    def promise(self, inputs: StepInputs) -> Draws:
+        """Records a step without drafts whose tokens are not known yet: PENDING ones stand for them until `fulfil`."""
+        self.num_computed[inputs.rows] = inputs.seq_lens
+        sequences = inputs.sample_sequences
+        rows, positions = inputs.rows[sequences], inputs.seq_lens[sequences]
+        self.token_ids[rows, positions] = PENDING
+        self.num_tokens[rows] = positions + 1
+        return Draws([inputs.request_ids[i] for i in sequences.tolist()], rows, positions, self.stays[rows])
+
+    def fulfil(self, draws: Draws, sampled: IntArray) -> None:
+        """The tokens of a promise, [r]. Who has been preempted since gets its own where it is kept; who is gone,
+        none."""
+        held = self.stays[draws.rows] == draws.stays
+        self.token_ids[draws.rows[held], draws.positions[held]] = sampled[held]
+        for index in np.flatnonzero(~held).tolist():
+            parked = self._parked.get(draws.request_ids[index])
+            if parked is not None and parked.stay == draws.stays[index]:
+                parked.token_ids[draws.positions[index]] = sampled[index]
+
     def output_token_ids(self, row: int) -> npt.NDArray[np.int32]:
         """The tokens generated so far in a row."""
         return self.token_ids[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
@@ -142,6 +185,8 @@ class InputBatch:
     ) -> None:
         row = self._free_rows.pop()
         self.row_of[request_id] = row
+        self._num_stays += 1
+        self.stays[row] = self._num_stays
         self.token_ids[row, : len(tokens)] = tokens
         self.num_tokens[row] = len(tokens)
         self.num_prompt_tokens[row] = num_prompt
@@ -156,15 +201,19 @@ class InputBatch:
         self.seeds[row] = params.seed
 
     def _park(self, request_id: str) -> None:
-        row = self.row_of.pop(request_id)
-        self._parked[request_id] = (
-            self.token_ids[row, : self.num_tokens[row]].copy(),
-            int(self.num_prompt_tokens[row]),
+        row = self.row_of[request_id]
+        self._parked[request_id] = _Parked(
+            self.token_ids[row, : self.num_tokens[row]].copy(), int(self.num_prompt_tokens[row]), int(self.stays[row])
         )
-        self._free_rows.append(row)
+        self._leave(request_id)
 
     def _forget(self, request_id: str) -> None:
         if self.params.pop(request_id, None) is None:
             return  # it left the queue before it ever ran
         if self._parked.pop(request_id, None) is None:
-            self._free_rows.append(self.row_of.pop(request_id))
+            self._leave(request_id)
+
+    def _leave(self, request_id: str) -> None:
+        row = self.row_of.pop(request_id)
+        self.stays[row] = 0
+        self._free_rows.append(row)

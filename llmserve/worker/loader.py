@@ -12,14 +12,19 @@ from llmserve.config import EngineConfig
 from llmserve.errors import ConfigError
 from llmserve.kernels.cpu.ops import CPUOps, usable_cores
 from llmserve.kernels.ops import Ops
-from llmserve.kernels.select import select_ops
+from llmserve.kernels.reference_moe import ReferenceMoE
+from llmserve.kernels.select import select_moe, select_ops, select_step_ops
 from llmserve.messages import MemoryPlan
 from llmserve.models.config import ModelConfig, read_model_config
+from llmserve.models.llama import LlamaModel
 from llmserve.models.loader import load_model
 from llmserve.models.parameters import LinearParameter, linear_parameters, weight_bytes
 from llmserve.models.quantization import choose_formats, describe_formats, resolve_quantization
 from llmserve.models.weights import WeightSource, open_weights
-from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory
+from llmserve.worker.device import CudaDevice
+from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
+from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory, total_bytes, usable_bytes
+from llmserve.worker.memory_profile import measure_memory
 from llmserve.worker.model_runner import ModelRunner
 
 _DTYPES = {
@@ -43,10 +48,12 @@ class PreparedModel:
     ops: Ops
     source: WeightSource
     formats: dict[str, str]  # of each matrix, by name
+    free_bytes: int  # on the device
     plan: MemoryPlan
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner:
-        """Reads the weights and allocates the KV cache. `progress` gets bytes done and bytes in all."""
+    def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner | GPUModelRunner:
+        """Reads the weights and allocates the KV cache; on a GPU what is left for it is measured, so that the runner's
+        plan is not quite this one. `progress` gets bytes done and bytes in all."""
         model = load_model(
             self.source,
             self.model_config,
@@ -59,7 +66,29 @@ class PreparedModel:
         )
         if isinstance(self.ops, CPUOps):
             torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
+        if self.device.type == "cuda" and self.ops.name == "triton":
+            return self._load_on_gpu(model)
         return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
+
+    def _load_on_gpu(self, model: LlamaModel) -> GPUModelRunner:
+        # What torch's own mixture of experts does is decided on the host, token by token: no graph can hold that.
+        is_capturable = self.model_config.moe is None or not isinstance(select_moe(self.ops), ReferenceMoE)
+        settings = GraphSettings.of(self.config, is_capturable)
+
+        def make(plan: MemoryPlan) -> GPUModelRunner:
+            return GPUModelRunner(
+                model, self.ops, select_step_ops(self.ops), plan, self.dtype, CudaDevice(self.device), settings
+            )
+
+        measured = measure_memory(CudaDevice(self.device), make, self.plan, self.free_bytes)
+        weights = WeightPlan(self.plan.weight_format, measured.weights)
+        available = self.plan.available_bytes
+        plan = plan_memory(
+            self.config, self.model_config, weights, self.dtype, self.device, self.ops, available, measured
+        )
+        runner = make(plan)
+        runner.warm_up()
+        return runner
 
 
 def prepare_model(config: EngineConfig) -> PreparedModel:
@@ -76,8 +105,10 @@ def prepare_model(config: EngineConfig) -> PreparedModel:
         raise ConfigError(f"The {ops.name} kernels have no attention sinks, which this model needs. Use --device cpu.")
     formats = _choose_formats(config, model_config, source, ops)
     weights = _plan_weights(model_config, formats, dtype, ops)
-    plan = plan_memory(config, model_config, weights, dtype, device, ops, available_bytes(device))
-    return PreparedModel(config, model_config, device, dtype, ops, source, formats, plan)
+    free = available_bytes(device)
+    usable = usable_bytes(config.gpu_memory, device, free, total_bytes(device))
+    plan = plan_memory(config, model_config, weights, dtype, device, ops, usable)
+    return PreparedModel(config, model_config, device, dtype, ops, source, formats, free, plan)
 
 
 def _choose_formats(config: EngineConfig, model: ModelConfig, source: WeightSource, ops: Ops) -> dict[str, str]:

@@ -15,11 +15,21 @@ from llmserve.messages import MemoryPlan
 from llmserve.models.config import ModelConfig
 from llmserve.scheduler.drafts import MAX_STEP_DRAFTS
 
-_CACHE_SHARE = {"cpu": 0.4, "cuda": 0.9}  # of what is free after weights and activations
+_CACHE_SHARE = {"cpu": 0.4, "cuda": 1.0}  # of what is left after weights and activations
+_GPU_SHARE = 0.9  # of what is free, for a model that was given no share
 _CACHE_LIMIT = {"cpu": 4 * 2**30, "cuda": 2**62}  # a CPU's memory is other programs' too: more only if asked for
 _DEFAULT_SEQS = {"cpu": 64, "cuda": 256}
 _DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}
 _LOGITS_COPIES = 4  # raw, processed, and what sampling makes of them
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredMemory:
+    """What a device was seen to take, beside the KV cache. Bytes."""
+
+    weights: int  # and all that came with them: the context, compiled kernels
+    activations: int  # of the largest step, and the buffers that stay
+    graphs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,28 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(_meminfo_available(), _cgroup_available())
+
+
+def total_bytes(device: torch.device) -> int:
+    """Of a GPU, whoever uses them; of a CPU no more is known than `available_bytes`."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else available_bytes(device)
+
+
+def usable_bytes(gpu_memory: float | None, device: torch.device, free: int, total: int) -> int:
+    """Bytes one model may take in all, by `EngineConfig.gpu_memory`, of a device's `free` and `total`; a CPU's are all.
+    Raises InsufficientMemoryError if that much is not free: others on the device have taken it."""
+    if device.type == "cpu":
+        return free
+    if gpu_memory is None:
+        return int(free * _GPU_SHARE)
+    wanted = int(gpu_memory * total) if gpu_memory <= 1 else int(gpu_memory)
+    if wanted > free:
+        raise InsufficientMemoryError(
+            f"gpu_memory asks for {format_bytes(wanted)} of the device's {format_bytes(total)}, but only "
+            f"{format_bytes(free)} are free: other models or programs have the rest. Give each model a share, so that "
+            "together they fit, or stop what else runs there."
+        )
+    return wanted
 
 
 def _meminfo_available() -> int:
@@ -65,8 +97,10 @@ def plan_memory(
     device: torch.device,
     ops: Ops,
     free_bytes: int,
+    measured: MeasuredMemory | None = None,
 ) -> MemoryPlan:
-    """Resolves every limit that was left open. Raises InsufficientMemoryError if the model cannot run."""
+    """Resolves every limit that was left open, by what the model may take in all (`free_bytes`). What is `measured`
+    takes the place of what is worked out. Raises InsufficientMemoryError if the model cannot run."""
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
@@ -75,24 +109,26 @@ def plan_memory(
     max_num_seqs = config.max_num_seqs or _DEFAULT_SEQS[device.type]
     budget = config.max_num_batched_tokens or max(_DEFAULT_BUDGET[device.type], max_num_seqs)
     num_sampled = max_num_seqs + (0 if config.speculation == "off" else MAX_STEP_DRAFTS)
-    activations = _activation_bytes(model, budget, num_sampled, dtype)
+    if measured is None:
+        measured = MeasuredMemory(weights.num_bytes, _activation_bytes(model, budget, num_sampled, dtype), 0)
     spec = KVCacheSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
     block_bytes = ops.kv_cache_bytes_per_block(spec) * model.num_layers
-    left = free_bytes - weights.num_bytes - activations
+    left = free_bytes - measured.weights - measured.activations - measured.graphs
     num_blocks = _num_blocks(
         config, max_num_seqs * -(-max_model_len // config.block_size), block_bytes, left, device.type
     )
     fitting = num_blocks * config.block_size
     if max_model_len > fitting:
         if config.max_model_len is not None or fitting < config.block_size:
-            raise _too_small(config, weights, activations, max_model_len, block_bytes, left, free_bytes)
+            raise _too_small(config, measured, max_model_len, block_bytes, left, free_bytes)
         max_model_len = fitting
     return MemoryPlan(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         weight_format=weights.format,
-        weight_bytes=weights.num_bytes,
-        activation_bytes=activations,
+        weight_bytes=measured.weights,
+        activation_bytes=measured.activations,
+        graph_bytes=measured.graphs,
         kv_cache_bytes=num_blocks * block_bytes,
         available_bytes=free_bytes,
         block_size=config.block_size,
@@ -136,17 +172,17 @@ def _mixture_width(model: ModelConfig) -> int:
 
 def _too_small(
     config: EngineConfig,
-    weights: WeightPlan,
-    activations: int,
+    measured: MeasuredMemory,
     max_model_len: int,
     block_bytes: int,
     left: int,
     free: int,
 ) -> InsufficientMemoryError:
     needed = -(-max_model_len // config.block_size) * block_bytes
+    beside = format_bytes(measured.activations + measured.graphs)
     return InsufficientMemoryError(
-        f"The model does not fit: weights {format_bytes(weights.num_bytes)}, activations {format_bytes(activations)}, "
-        f"and a KV cache of {format_bytes(needed)} for one sequence of {max_model_len} tokens, but "
-        f"{format_bytes(free)} are free ({format_bytes(max(left, 0))} for the cache). Lower max_model_len or "
-        "max_num_batched_tokens, raise kv_cache_memory, choose a smaller format with quantization, or free memory."
+        f"The model does not fit: weights {format_bytes(measured.weights)}, activations {beside}, and a KV cache of "
+        f"{format_bytes(needed)} for one sequence of {max_model_len} tokens, but {format_bytes(free)} are free "
+        f"({format_bytes(max(left, 0))} for the cache). Lower max_model_len or max_num_batched_tokens, raise "
+        "kv_cache_memory or gpu_memory, choose a smaller format with quantization, or free memory."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,11 @@ class Sampler:
                 self._processors[new.request_id] = processors
             if new.params.logprobs is not None:
                 self._with_logprobs[new.request_id] = new.params.logprobs
+
+    def settles_on_host(self, request_ids: Sequence[str]) -> bool:
+        """Whether the host has a part in choosing some request's tokens, or in what is told of them."""
+        asked = self._processors.keys() | self._with_logprobs.keys()
+        return bool(asked) and not asked.isdisjoint(request_ids)
 
     def sample(self, logits: torch.Tensor, inputs: StepInputs) -> SamplerOutput:
         """logits float32 [r, vocab] of `inputs.sample_rows`. Changes `logits`.

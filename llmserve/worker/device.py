@@ -1,0 +1,132 @@
+"""What the runner of a GPU asks of the device: copies, graphs, events, memory. Knows no model and no batch.
+
+Everything is done in the order it is asked for; nothing but `Event.wait` and `synchronize` waits. A test's fake device
+does all of it on the CPU, as late as it may, so that whoever does not wait reads what is not there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes. `allocated` and `peak` are tensors', `reserved` what torch's allocator holds for them; `free` and `total`
+    are the whole device's, whoever uses it."""
+
+    free: int
+    total: int
+    allocated: int
+    peak: int
+    reserved: int
+
+
+class Event(Protocol):
+    """A point in the device's work."""
+
+    def wait(self) -> None:
+        """Returns when all that was asked for before it is done."""
+        ...
+
+
+class Graph(Protocol):
+    """Work that was recorded, on the tensors it was recorded with."""
+
+    def replay(self) -> None: ...
+
+
+class Device(Protocol):
+    """One device and the one queue of its work."""
+
+    torch_device: torch.device
+
+    def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros in memory of the host that copies need not be waited for with."""
+        ...
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Between a device's tensor and a pinned one of the same shape, either way."""
+        ...
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Ops on the device's tensors. `work` may read no memory of the host that changes."""
+        ...
+
+    def record(self) -> Event: ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Records what `work` does, without doing it, into memory that all graphs share. It has been done once before:
+        so what is compiled or set up by a first time is there."""
+        ...
+
+    def memory(self) -> DeviceMemory: ...
+
+    def reset_peak(self) -> None:
+        """`DeviceMemory.peak` starts anew from what is allocated."""
+        ...
+
+    def release_cached(self) -> None:
+        """What torch's allocator holds and no tensor uses goes back to the device."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+
+class CudaEvent:
+    """Sleeps while it waits: with a step queued behind, nobody waits for the host."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class CudaDevice:
+    """Implements `Device` by torch.cuda, on its current stream."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(num_elements, dtype=dtype, pin_memory=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self) -> CudaEvent:
+        return CudaEvent()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph
+
+    def memory(self) -> DeviceMemory:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return DeviceMemory(
+            free=free,
+            total=total,
+            allocated=torch.cuda.memory_allocated(self.torch_device),
+            peak=torch.cuda.max_memory_allocated(self.torch_device),
+            reserved=torch.cuda.memory_reserved(self.torch_device),
+        )
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def release_cached(self) -> None:
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
