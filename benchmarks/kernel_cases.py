@@ -26,6 +26,7 @@ from llmserve.kernels.triton import (
 from llmserve.kernels.triton.tables import attention_tiles
 from llmserve.kernels.triton.thresholds import MAX_CANDIDATES, SPAN, threshold_kernel
 
+
 def _attention(
     name: str, head_dim: int, heads: int, kv_heads: int, element: str = "bf16", kv: str = "", **changes: Any
 ) -> list[KernelCase]:

@@ -17,8 +17,8 @@ Q8_0 = "q8_0"
 # GGUF's, kept as they lie in the file: ggml's name in lower case -> (weights a block, bytes a block)
 GGUF_FORMATS = {Q8_0: (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q4_k": (256, 144)}
 W4A16_GROUPS = {"w4a16": 0, "w4a16_g32": 32, "w4a16_g64": 64, "w4a16_g128": 128}  # inputs that share a scale; 0: all
-ALL_FORMATS = (DENSE, INT8, FP8, *W4A16_GROUPS, *GGUF_FORMATS)
-NATIVE_FORMATS = ALL_FORMATS[1:]  # those a file may have
+CPU_FORMATS = (DENSE, INT8, *GGUF_FORMATS)  # those the C kernels compute
+NATIVE_FORMATS = (INT8, FP8, *W4A16_GROUPS, *GGUF_FORMATS)  # those a file may have
 
 
 def w4a16_format(group_size: int, in_features: int) -> str | None:
@@ -28,9 +28,9 @@ def w4a16_format(group_size: int, in_features: int) -> str | None:
 
 
 def row_bytes(fmt: str, in_features: int) -> int:
-    """Bytes of one output in a file. Of "int8" and "fp8": a float32 scale, then a byte for each weight. Of 4 bits: a byte
-    for two inputs, the first in the low half; float16 scales, one for each group; a byte for each group's zero point.
-    Else GGUF's blocks."""
+    """Bytes of one output in a file. Of "int8" and "fp8": a float32 scale, then a byte for each weight. Of 4 bits: a
+    byte for two inputs, the first in the low half; float16 scales, one for each group; a byte for each group's zero
+    point. Else GGUF's blocks."""
     if fmt in (INT8, FP8):
         return 4 + in_features
     if fmt in W4A16_GROUPS:

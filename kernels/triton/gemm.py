@@ -4,8 +4,8 @@ x [t, k] @ w[n, k]^T -> [t, n]. Bytes of a decode: those of the weights, n * k *
 2 * t * n * k, on tensor cores. KIND says what a weight is:
   "dense"  of x's type.
   "int8", "fp8"  a byte, times a scale of its output; x is in bytes too, with a scale for each token.
-  "w4"  four bits without a sign, (q - zero) * scale for each group of inputs; a byte holds input j of a stretch of DEPTH
-        inputs in its low half and j + DEPTH / 2 in the high one, so that both halves are tiles as soon as unpacked.
+  "w4"  four bits without a sign, (q - zero) * scale for each group of inputs; a byte holds input j of a stretch of
+        DEPTH in its low half and j + DEPTH / 2 in the high one, so that both halves are tiles as soon as unpacked.
         Scales multiply sums, not weights: the whole numbers q - zero are exact in x's type.
 
 A row's result does not depend on the rows beside it. k is summed in partitions of a length that follows from the
@@ -48,7 +48,7 @@ def sum_partition(
     x_ptr, w_ptr, first_row, end_row, first_line, end_line, start, end, K: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[columns, rows] of inputs start:end, whose weights are of 8 bits or dense. A line is one of w [experts * n, k]."""
+    """[columns, rows] of inputs start:end, weights of 8 bits or dense. A line is one of w [experts * n, k]."""
     sums = tl.zeros([COLUMNS, ROWS], tl.int32 if KIND == "int8" else tl.float32)
     row, line = first_row + tl.arange(0, ROWS), first_line + tl.arange(0, COLUMNS)
     row_inside, line_inside = (row < end_row)[None, :], (line < end_line)[:, None]
@@ -104,7 +104,7 @@ def finish(
     total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, IS_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """[columns, rows] from sums: times both scales, plus the bias; fma is spelt out, so that all kernels round alike."""
+    """[columns, rows] from sums: times both scales, plus the bias; fma is spelt out, so that kernels round alike."""
     bias = tl.zeros([total.shape[0]], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + line, mask=line_inside, other=0.0).to(tl.float32)

@@ -64,7 +64,7 @@ class TritonOps:
         return DenseLinearWeight(weight, bias) if fmt == DENSE else pack_bytes(weight, bias, fmt)
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
-        """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise, and pack the dense matrix."""
+        """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise them, and pack that."""
         self._check_format(ggml_type, (INT8, FP8, *W4A16_GROUPS))
         if ggml_type in W4A16_GROUPS:
             return pack_group_rows(raw, bias, ggml_type)

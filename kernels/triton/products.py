@@ -42,7 +42,7 @@ def multiply(
     min_programs: int,
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [t, k] times one matrix, or times that of each row's expert, whose rows are offsets[i]:offsets[i + 1] -> [t, n].
+    """x [t, k] times one matrix, or that of each row's expert, whose rows are offsets[i]:offsets[i + 1] -> [t, n].
 
     Partitions are shared out if there would be fewer than `min_programs` programs otherwise. `tiles`: from few rows to
     many. Shapes alone decide what is launched; nothing waits for the device.

@@ -6,7 +6,7 @@ Knows no kernels, but how `gemm.py` reads a tile.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,7 +17,7 @@ _SLICE_ELEMENTS = 1 << 22  # converted at once: bounds the copies
 BYTE_DTYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PackedWeight:
     """[out, in], or of a mixture [e, out, in]. `num_experts` 0: it is one matrix."""
 
@@ -32,11 +32,11 @@ class PackedWeight:
     group: int = 0  # inputs that share a scale; 0: all
     depth: int = 0  # of 4 bits: inputs whose halves lie in the halves of bytes
     num_experts: int = 0
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
+    def __post_init__(self) -> None:
         tensors = (self.data, self.scale, self.zeros, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def pack_bytes(dense: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> PackedWeight:
@@ -148,7 +148,7 @@ def _byte_weight(fmt: str, data: torch.Tensor, scale: torch.Tensor, bias: torch.
 
 
 def _as(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Some bytes of each row, copied, as another type. (A single row's stride, which `contiguous` keeps, may be odd.)"""
+    """Some bytes of each row, copied, as another type. (A single row's stride, which `contiguous` keeps, may be odd)"""
     return part.clone(memory_format=torch.contiguous_format).view(dtype)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llmserve.kernels.reference import DenseLinearWeight
 from llmserve.kernels.triton import products
 from llmserve.kernels.triton.products import choose_tiles, multiply, partition_of
 from llmserve.kernels.triton.quantize import quantize
@@ -19,10 +20,9 @@ from llmserve.kernels.triton.weights import (
     pack_group_rows,
     stack_experts,
 )
-from llmserve.kernels.reference import DenseLinearWeight
 from llmserve.kernels.weight_formats import W4A16_GROUPS, row_bytes
 from tests.kernels.cpu_cases import relative_error
-from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, triton_ops
+from tests.kernels.triton.triton_cases import DEVICE, triton_ops
 
 NEVER, ALWAYS = 0, 10**9  # share partitions out
 SMALL = (GemmTiles(16, 16, 4, 2), GemmTiles(32, 64, 4, 2))
@@ -140,7 +140,9 @@ class TestFourBits:
     def test_every_number_is_in_its_place(self) -> None:
         """Each row of the unit matrix picks a column: bit by bit."""
         raw, meaning = random_rows("w4a16_g64", 20, 256)
-        found = multiply(torch.eye(256, device=DEVICE), pack_group_rows(raw, None, "w4a16_g64"), torch.float32, SMALL, 0)
+        found = multiply(
+            torch.eye(256, device=DEVICE), pack_group_rows(raw, None, "w4a16_g64"), torch.float32, SMALL, 0
+        )
         assert torch.equal(found.cpu(), meaning.T.float())
 
     def test_extremes_stay_in_their_row(self) -> None:
@@ -223,7 +225,9 @@ class TestExperts:
 
     def test_experts_packed_in_different_ways_are_refused(self) -> None:
         with pytest.raises(ValueError, match="int8 beside dense"):
-            stack_experts([DenseLinearWeight(torch.randn(8, 32), None), pack_bytes(torch.randn(8, 32), None, "int8")], 2)
+            stack_experts(
+                [DenseLinearWeight(torch.randn(8, 32), None), pack_bytes(torch.randn(8, 32), None, "int8")], 2
+            )
 
 
 def test_partitions_follow_from_the_weight() -> None:
