@@ -1,9 +1,9 @@
-"""The product kernel and its neighbours as they are compiled for docs/kernels.md: every tile of `tables.py`."""
+"""The product kernel and those of mixtures as they are compiled for docs/kernels.md: every tile of `tables.py`."""
 
 from __future__ import annotations
 
 from benchmarks.kernel_case import ARCHITECTURES, KernelCase
-from llmserve.kernels.triton import gemm
+from llmserve.kernels.triton import gemm, moe, routing
 from llmserve.kernels.triton.products import partition_of
 from llmserve.kernels.triton.quantize import quantize_kernel
 from llmserve.kernels.triton.tables import GemmTiles, gemm_tiles
@@ -106,6 +106,26 @@ def _add_parts(name: str, n: int, k: int, experts: int) -> KernelCase:
     )
 
 
+def _mixture(experts: int, top_k: int, hidden: int) -> list[KernelCase]:
+    """What stands around a mixture's products."""
+    floats = dict.fromkeys(("logits_ptr", "bias_ptr", "weights_ptr", "gate_ptr", "scale", "alpha", "limit"), "fp32")
+    types = {name: kind if name in ("scale", "alpha", "limit") else f"*{kind}" for name, kind in floats.items()}
+    types |= dict.fromkeys(("y_ptr", "shared_ptr", "out_ptr", "gate_up_ptr"), "*bf16")
+    types |= dict.fromkeys(("order_ptr", "source_ptr", "places_ptr", "offsets_ptr"), "*i64")
+    types |= {"ids_ptr": "*i32", "num_assignments": "i32"}
+    choose = {"NUM_EXPERTS": experts, "EXPERTS": experts, "TOP_K": top_k, "LANES": top_k}
+    choose |= {"SIGMOID": False, "RENORMALIZE": True, "HAS_BIAS": False}
+    combine = {"SIZE": hidden, "TOP_K": top_k, "HAS_SHARED": True, "HAS_GATE": True, "BLOCK": 1024}
+    sort = {"NUM_EXPERTS": experts, "TOP_K": top_k, "BLOCK": 1024}
+    swiglu = {"SIZE": hidden, "BLOCK": 1024}
+    return [
+        KernelCase("experts choose", routing.choose_kernel, types, choose, 1, 64, 1024, wide_loads=False),
+        KernelCase("experts sort", routing.sort_kernel, types, sort, 4, 96, 8192, wide_loads=False),
+        KernelCase("experts combine", moe.combine_kernel, types, combine, 4, 96, 1024),
+        KernelCase("experts clamped swiglu", moe.clamped_swiglu_kernel, types, swiglu, 4, 64, 1024),
+    ]
+
+
 def product_cases() -> list[KernelCase]:
     """Llama-3.1-8B's output projection; a mixture's in the shapes of Qwen3-30B-A3B."""
     return [
@@ -120,4 +140,5 @@ def product_cases() -> list[KernelCase]:
         _quantize("fp8", 4096),
         _add_parts("gemm add parts", 4096, 4096, 0),
         _add_parts("gemm add parts experts", 1536, 2048, 128),
+        *_mixture(128, 8, 2048),
     ]

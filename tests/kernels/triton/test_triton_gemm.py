@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.triton import products
+from llmserve.kernels.triton import gemm, products
 from llmserve.kernels.triton.products import choose_tiles, multiply, partition_of
 from llmserve.kernels.triton.quantize import quantize
 from llmserve.kernels.triton.tables import GemmTiles, gemm_tiles
@@ -22,7 +24,8 @@ from llmserve.kernels.triton.weights import (
 )
 from llmserve.kernels.weight_formats import W4A16_GROUPS, row_bytes
 from tests.kernels.cpu_cases import relative_error
-from tests.kernels.triton.triton_cases import DEVICE, triton_ops
+from tests.kernels.triton.interpreter import KernelFault
+from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, triton_ops
 
 NEVER, ALWAYS = 0, 10**9  # share partitions out
 SMALL = (GemmTiles(16, 16, 4, 2), GemmTiles(32, 64, 4, 2))
@@ -249,3 +252,48 @@ def test_a_row_of_a_file_is_kept_as_it_is() -> None:
     raw = torch.randint(0, 255, (5, row_bytes("int8", 33)), dtype=torch.uint8)
     packed = pack_byte_rows(raw, None, "int8")
     assert torch.equal(packed.data, raw[:, 4:].view(torch.int8))
+
+
+# Changes to `gemm.py` that a person could make by mistake: (what stands there, what would, the kind that shows it).
+PLANTED = [
+    ("(row < end_row)[None, :], (line < end_line)[:, None]", "(row < 99)[None, :], (line < end_line)[:, None]", "int8"),
+    ("& (at < K)[None, :]", "& (at < K + 1)[None, :]", "int8"),
+    ("_inside = row < end_row, line < end_line", "_inside = row == row, line < end_line", "int8"),
+    ("_inside = row < end_row, line < end_line", "_inside = row < end_row, line == line", "w4a16_g32"),
+    ("(pair & 15).to(tl.int8) - zero[:, None]", "(pair & 15).to(tl.int8) - 8", "w4a16_g32"),
+    ("group = group_at + (first // GROUP) * N", "group = group_at + (first // DEPTH) * N", "w4a16_g128"),
+    ("x_at + first + DEPTH // 2", "x_at + first + 1", "w4a16_g32"),
+    ("(line - column).to(tl.int64) * (K // GROUP)", "(line - column).to(tl.int64)", "w4a16_g32"),
+    ("mine = tl.sum((end_tile <= tile)", "mine = tl.sum((end_tile < tile)", "int8"),
+    ("start + (tile - end_tile + tiles) * ROWS", "start", "int8"),
+    ("(line - expert * N)[:, None]", "line[:, None]", "int8"),
+    ("part * PARTITION, tl.minimum(part * PARTITION + PARTITION, K)", "part * PARTITION, K", "int8"),
+]
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="the faults are found by the interpreter")
+@pytest.mark.parametrize(("stands", "planted", "kind"), PLANTED)
+def test_planted_faults_are_caught(stands: str, planted: str, kind: str, tmp_path: Path, monkeypatch) -> None:
+    """By another result than the intact kernel's or by the sanitiser."""
+    source = Path(gemm.__file__).read_text()
+    assert stands in source
+    changed = tmp_path / "changed_gemm.py"
+    changed.write_text(source.replace(stands, planted))
+    spec = importlib.util.spec_from_file_location("changed_gemm", changed)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    n, k, counts = 24, {"w4a16_g32": 96, "w4a16_g128": 256}.get(kind, 608), (0, 3, 19)
+    weights = stack_experts([weight_of(kind, n, k, seed) for seed in range(3)], 3)
+    if kind == "w4a16_g128":
+        weights = replace(weights, depth=32)  # less than a group
+    offsets, x = torch.tensor([0, *counts]).cumsum(0).int(), torch.randn(22, k)
+
+    expected = multiply(x, weights, torch.float32, SMALL[:1], NEVER, offsets)
+    monkeypatch.setattr(products, "gemm_kernel", module.gemm_kernel)
+    try:
+        found = multiply(x, weights, torch.float32, SMALL[:1], NEVER, offsets)
+    except KernelFault:
+        return
+    assert not torch.equal(found, expected)
