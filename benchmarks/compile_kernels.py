@@ -23,7 +23,8 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.kernel_cases import ARCHITECTURES, NVIDIA, KernelCase, kernel_cases
+from benchmarks.kernel_case import ARCHITECTURES, NVIDIA, KernelCase
+from benchmarks.kernel_cases import kernel_cases
 
 _TOOLS = Path(next(iter(triton.backends.nvidia.__path__))) / "bin"
 # Of one multiprocessor: registers, shared memory a program may use, threads; gfx942: a compute unit, with LDS
@@ -34,7 +35,8 @@ _LIMITS = {
     "gfx942": (131072, 64 * 1024, 2048),
 }
 _MATRIX = {"wgmma": r"\b[HQI]GMMA", "tcgen05": r"\bUTC\w*MMA", "mma": r"\b[HQI]MMA", "mfma": r"\bv_mfma"}
-_WIDE_LOAD = r"\bLDG\.[\w.]*128|\bLDGSTS\.[\w.]*128|(?:buffer|global)_load_(?:dwordx4|b128)"
+# 16 bytes a thread, or a whole tile by the tensor memory accelerator
+_WIDE_LOAD = r"\bLDG\.[\w.]*128|\bLDGSTS\.[\w.]*128|\bUTMALDG|(?:buffer|global)_load_(?:dwordx4|b128)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Report:
             found.append("no load of 16 bytes")
         if case.matrix and not self.matrix:
             found.append("no matrix instruction")
-        if case.matrix and self.architecture == "sm_90" and case.constants.get("ROWS", 0) >= 64:
+        if case.matrix and self.architecture == "sm_90" and case.takes_wgmma:
             found += [] if "wgmma" in self.matrix else [f"no wgmma, but {self.matrix}"]
         return [f"{case.name} on {self.architecture}: {what}" for what in found]
 

@@ -6,14 +6,14 @@ registers and shared memory for so many programs on a multiprocessor, and the in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.kernel_case import ARCHITECTURES, KernelCase
+from benchmarks.product_cases import product_cases
 from llmserve.kernels.triton import (
     activation,
     attention,
     embedding,
-    gemm,
     kv_cache,
     layer_norm,
     norm,
@@ -23,28 +23,8 @@ from llmserve.kernels.triton import (
     segment_sum,
     split_attention,
 )
-from llmserve.kernels.triton.tables import attention_tiles, gemm_stages
+from llmserve.kernels.triton.tables import attention_tiles
 from llmserve.kernels.triton.thresholds import MAX_CANDIDATES, SPAN, threshold_kernel
-
-NVIDIA = ("sm_80", "sm_90", "sm_100")
-ARCHITECTURES = (*NVIDIA, "gfx942")
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """A kernel with one set of types and constants. `types` are those of its other arguments, in Triton's notation."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int = 4
-    max_registers: int = 128
-    max_shared_bytes: int = 0
-    wide_loads: bool = True  # 16 bytes a thread at a time
-    matrix: bool = False  # uses tensor cores
-    architectures: tuple[str, ...] = ARCHITECTURES
-    divisible: tuple[str, ...] = field(default=())  # integers that are multiples of 16
 
 
 def _attention(
@@ -187,42 +167,6 @@ def _sampling(vocab: int) -> list[KernelCase]:
     ]
 
 
-def _gemm(element: str, n: int, k: int) -> list[KernelCase]:
-    """8-bit weights, walking through partitions and sharing them out; and what stands before and behind."""
-    scales = dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "bias_ptr", "parts_ptr", "scale_ptr"), "*fp32")
-    types = {**scales, "x_ptr": f"*{element}", "w_ptr": f"*{element}", "out_ptr": "*bf16", "num_rows": "i32"}
-    partition = gemm.partition_of(n, k)
-    architectures = ("sm_90", "sm_100") if element == "fp8e4nv" else ARCHITECTURES
-    constants = {"N": n, "K": k, "PARTITION": partition, "INTEGER": element == "i8", "ROWS": 64, "COLUMNS": 128}
-    cases = [
-        KernelCase(
-            f"gemm {element}{' split' if split else ''}",
-            gemm.gemm_kernel,
-            types,
-            {**constants, "DEPTH": 128, "TOGETHER": 8, "STAGES": gemm_stages(architecture), "SPLIT": split},
-            max_registers=255,
-            max_shared_bytes=112 * 2**10,
-            matrix=True,
-            architectures=(architecture,),
-        )
-        for split in (False, True)
-        for architecture in architectures
-    ]
-    quantize = KernelCase(
-        f"quantize {element}",
-        gemm.quantize_kernel,
-        {**types, "x_ptr": "*bf16", "out_ptr": f"*{element}"},
-        {"SIZE": k, "BLOCK": 1 << (k - 1).bit_length(), "LARGEST": 127.0 if element == "i8" else 448.0},
-        num_warps=8,
-        max_registers=64,
-        max_shared_bytes=16 * 2**10,
-        architectures=architectures,
-    )
-    adding = {"N": n, "NUM_PARTS": k // partition, "BLOCK": 256}
-    add = KernelCase("gemm add parts", gemm.add_parts_kernel, types, adding, 2, max_registers=96, max_shared_bytes=2048)
-    return [*cases, quantize, *([add] if element == "i8" else [])]
-
-
 def _packed(name: str, heads: int, head_dim: int, has_bias: bool) -> KernelCase:
     pointers = {**dict.fromkeys(("qkv_ptr", "out_ptr"), "*bf16"), "bias_ptr": "*fp32", "reach": "i32"}
     constants = {"HEADS": heads, "HEAD_DIM": head_dim, "DIM": head_dim, "WINDOW": 0, "HAS_BIAS": has_bias}
@@ -271,8 +215,7 @@ def kernel_cases() -> list[KernelCase]:
         _rotary("rotary d128 norm", 128, 32, 8, "bf16", HAS_NORM=True),
         _rotary("rotary d128 fp8", 128, 32, 8, "fp8e4nv"),
         *_sampling(128256),
-        *_gemm("i8", 4096, 4096),
-        *_gemm("fp8e4nv", 4096, 4096),
+        *product_cases(),
         _packed("d64", 12, 64, False),
         _packed("d64 relative", 12, 64, True),
         KernelCase(

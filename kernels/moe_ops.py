@@ -1,12 +1,12 @@
 """The ops of a mixture of experts, and who implements them on a device. Tensors in, tensors out.
 
-They stand beside `Ops` because they can be made of it: `ReferenceMoE` runs on any device through its `linear`. Fast
-families may bring their own. Every row's result is its own, whoever shares its experts.
+They stand beside `Ops` because they can be made of it: `ReferenceMoE` runs on any device through its `linear`.
+`triton.moe.TritonMoE` is a GPU's own. Every row's result is its own, whoever shares its experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,7 +33,14 @@ class ExpertRows:
     weights: torch.Tensor  # float32 [t, k]: of each row's experts, the preferred one first
     order: torch.Tensor  # int64 [t * k]: the assignment, row * k + choice, that stands at each place
     source_rows: torch.Tensor  # int64 [t * k]: its row
+    places: torch.Tensor  # int64 [t * k]: the place at which each assignment stands
     offsets: torch.Tensor  # int64 [e + 1]: expert i has the places offsets[i]:offsets[i + 1]
+
+
+class ExpertWeights(Protocol):
+    """A matrix of every expert of a layer, all of one shape. Only the implementation that packed it looks inside."""
+
+    nbytes: int
 
 
 class MoEOps(Protocol):
@@ -49,11 +56,16 @@ class MoEOps(Protocol):
         `correction_bias` float32 [e] is added to the scores for the choice, not in the weights (DeepSeek-V3)."""
         ...
 
+    def pack_experts(self, experts: Iterable[LinearWeight], num_experts: int) -> ExpertWeights:
+        """Matrices that `Ops` packed, in the experts' order, each taken before the next is made. A ValueError where
+        their formats differ and it matters."""
+        ...
+
     def grouped_linear(
-        self, x: torch.Tensor, experts: Sequence[LinearWeight], rows: ExpertRows, out_dtype: torch.dtype | None = None
+        self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """x [t * k, in], rows as `rows` sorts them -> each times its expert's matrix, [t * k, out]; a row's bits are
-        those `linear` gives it. All experts have one shape."""
+        """x [t * k, in], rows as `rows` sorts them -> each times its expert's matrix, [t * k, out]. A row's bits do not
+        depend on the others."""
         ...
 
     def combine_experts(

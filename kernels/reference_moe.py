@@ -6,12 +6,20 @@ alone. Ties go to the expert of the smaller id, and answers are added in the ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
-from llmserve.kernels.moe_ops import ExpertRows, Routing
+from llmserve.kernels.moe_ops import ExpertRows, ExpertWeights, Routing
 from llmserve.kernels.ops import LinearWeight, Ops
+
+
+class SeparateExperts:
+    """Each expert's matrix as `Ops` packed it."""
+
+    def __init__(self, experts: Iterable[LinearWeight]) -> None:
+        self.experts = list(experts)
+        self.nbytes = sum(expert.nbytes for expert in self.experts)
 
 
 class ReferenceMoE:
@@ -29,21 +37,28 @@ class ReferenceMoE:
         if routing.renormalize:
             weights = weights / (_sum_in_order(weights) + 1e-20)
         expert_ids, order = torch.sort(chosen.flatten(), stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
         borders = torch.arange(logits.shape[1] + 1, device=logits.device)
         return ExpertRows(
             weights=weights * routing.scale,
             order=order,
             source_rows=order // routing.top_k,
+            places=places,
             offsets=torch.searchsorted(expert_ids, borders),
         )
 
+    def pack_experts(self, experts: Iterable[LinearWeight], num_experts: int) -> SeparateExperts:
+        return SeparateExperts(experts)
+
     def grouped_linear(
-        self, x: torch.Tensor, experts: Sequence[LinearWeight], rows: ExpertRows, out_dtype: torch.dtype | None = None
+        self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """One product for each expert that has rows."""
-        offsets = rows.offsets.tolist()
-        out = torch.empty((x.shape[0], experts[0].out_features), dtype=out_dtype or x.dtype, device=x.device)
-        for expert, weight in enumerate(experts):
+        """One product for each expert that has rows; a row's bits are those `linear` gives it."""
+        assert isinstance(experts, SeparateExperts)
+        offsets, num_outputs = rows.offsets.tolist(), experts.experts[0].out_features
+        out = torch.empty((x.shape[0], num_outputs), dtype=out_dtype or x.dtype, device=x.device)
+        for expert, weight in enumerate(experts.experts):
             start, stop = offsets[expert], offsets[expert + 1]
             if start < stop:
                 out[start:stop] = self._ops.linear(x[start:stop], weight, out.dtype)
@@ -58,9 +73,7 @@ class ReferenceMoE:
         shared_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_rows, top_k = rows.weights.shape
-        by_row = torch.empty_like(y)
-        by_row[rows.order] = y
-        by_row = by_row.view(num_rows, top_k, y.shape[1])
+        by_row = y[rows.places].view(num_rows, top_k, y.shape[1])
         out = by_row[:, 0].float() * rows.weights[:, 0:1]
         for choice in range(1, top_k):
             out = out + by_row[:, choice].float() * rows.weights[:, choice : choice + 1]

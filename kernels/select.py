@@ -47,7 +47,13 @@ def _select_gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def select_moe(ops: Ops) -> MoEOps:
     """What runs mixtures of experts beside `ops`."""
-    return ReferenceMoE(ops)
+    if ops.name != "triton":
+        return ReferenceMoE(ops)
+    from llmserve.kernels.triton.moe import TritonMoE
+    from llmserve.kernels.triton.ops import TritonOps
+
+    assert isinstance(ops, TritonOps)
+    return TritonMoE(ops)
 
 
 def select_step_ops(ops: Ops) -> StepOps:

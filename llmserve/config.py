@@ -75,10 +75,10 @@ class EngineConfig:
     )
     quantization: str = setting(
         "auto",
-        "Weight format: none (the dtype), q8_0 (8 bits, a scale for 32 weights), int8 (8 bits, a scale for a row), or "
-        "gguf (the file's own, or a quantised folder's). auto is gguf, else q8_0, where the device computes it; none "
-        "if a dtype is given.",
-        choices=("auto", "none", "q8_0", "int8", "gguf"),
+        "Weight format: none (the dtype), q8_0 (8 bits, a scale for 32 weights), int8 (8 bits, a scale for a row), fp8 "
+        "(likewise, on a GPU), or gguf (the file's own, or a quantised folder's). auto is gguf, else q8_0, where the "
+        "device computes it; none if a dtype is given.",
+        choices=("auto", "none", "q8_0", "int8", "fp8", "gguf"),
     )
     max_model_len: int | None = setting(None, "Longest context, prompt and answer together, in tokens.")
     max_num_seqs: int | None = setting(None, "Most sequences that run at once.")

@@ -37,7 +37,7 @@ from llmserve.kernels.ops import (
     PackedSequences,
     SamplingTensors,
 )
-from llmserve.kernels.weight_formats import ALL_FORMATS, DENSE, INT8, Q8_0
+from llmserve.kernels.weight_formats import CPU_FORMATS, DENSE, INT8, Q8_0
 
 
 class CPUOps:
@@ -45,7 +45,7 @@ class CPUOps:
 
     name = "cpu"
     computes_sinks = True
-    weight_formats: tuple[str, ...] = ALL_FORMATS
+    weight_formats: tuple[str, ...] = CPU_FORMATS
 
     def __init__(self, library: Library) -> None:
         self.isa = library.isa

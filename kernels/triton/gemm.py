@@ -1,158 +1,182 @@
-"""Products with weights in 8 bits: activations quantised per token, weights per output, int8 or fp8 (e4m3). No packing.
+"""The product kernel: x [t, k] times W'[n, k] of 32, 16, 8 or 4 bits, for one matrix or each expert of a mixture.
 
-x [t, k] -> x' [t, k] in 8 bits with scale [t], times W' [n, k] with scale [n], -> [t, n]. Bytes of a decode: n * k,
-half of those in 16 bits; operations 2 * t * n * k on tensor cores, twice as fast as in 16 bits.
+x [t, k] @ w[n, k]^T -> [t, n]. Bytes of a decode: those of the weights, n * k * bits / 8, and their scales; operations
+2 * t * n * k, on tensor cores. KIND says what a weight is:
+  "dense"  of x's type.
+  "int8", "fp8"  a byte, times a scale of its output; x is in bytes too, with a scale for each token.
+  "w4"  four bits without a sign, (q - zero) * scale for each group of inputs; a byte holds input j of a stretch of
+        DEPTH in its low half and j + DEPTH / 2 in the high one, so that both halves are tiles as soon as unpacked.
+        Scales multiply sums, not weights: the whole numbers q - zero are exact in x's type.
 
-A row's result does not depend on the rows beside it: a token's scale is its own; tiles are the same for any number of
-rows; and k is summed in partitions of a length that follows from the weight's shape, each from zero, added from left to
-right. With few rows each program takes one partition, or a few columns of weights could not keep the GPU busy, and a
-second kernel adds them in the same order; with many, a program walks through all of them.
+A row's result does not depend on the rows beside it. k is summed in partitions of a length that follows from the
+weight's shape, each from zero, added from left to right: by one program that walks through all, or, where rows are few,
+by a program a partition and a second kernel. And the weights stand on the left, W x^T: matrix instructions are laid out
+by outputs then, and a tile of 16 rows or of 128 runs the same ones on each row, in the same order of k.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-_ROWS, _COLUMNS, _DEPTH, _WARPS = 64, 128, 128, 4
-_PROGRAMS = 264  # that the partitions of a weight should make with one tile of rows: two on each of 132 multiprocessors
-_ROW_TILES_TOGETHER = 8  # tiles of rows that run at the same time share the weights they read
+
+@triton.jit
+def tile_of_program(num_row_tiles, N: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
+    """(tile of rows, tile of columns): TOGETHER tiles of rows run at a time and share the weights they read."""
+    a_band = TOGETHER * tl.cdiv(N, COLUMNS)
+    band = tl.program_id(0) // a_band
+    height = tl.minimum(num_row_tiles - band * TOGETHER, TOGETHER)
+    return band * TOGETHER + tl.program_id(0) % a_band % height, tl.program_id(0) % a_band // height
 
 
 @triton.jit
-def quantize_kernel(x_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
-    """Grid: tokens. A token with a NaN or an infinity gets a scale of NaN, so that all its results are NaN."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < SIZE
-    x = tl.load(x_ptr + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    amount = tl.max(tl.abs(x), axis=0)
-    scale = tl.where(amount > 0, amount / LARGEST, 1.0)
-    spoilt = tl.sum(x * 0.0, axis=0)  # NaN if anything is not finite
-    scaled = x / scale
-    if out_ptr.dtype.element_ty == tl.int8:
-        scaled = tl.floor(tl.where(scaled == scaled, scaled, 0.0) + 0.5)
-    tl.store(out_ptr + row * SIZE + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + row, scale + spoilt)
+def rows_of_tile(offsets_ptr, tile, num_rows, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """(expert, first row, end of its rows). Each expert's rows are cut into tiles of their own; a tile beyond the last
+    has none. NUM_EXPERTS 0: all rows are of one matrix."""
+    if NUM_EXPERTS == 0:
+        return 0, tile * ROWS, num_rows
+    expert = tl.arange(0, EXPERTS)
+    start = tl.load(offsets_ptr + expert, mask=expert < NUM_EXPERTS, other=0).to(tl.int32)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < NUM_EXPERTS, other=0).to(tl.int32)
+    tiles = (end - start + ROWS - 1) // ROWS
+    end_tile = tl.cumsum(tiles, axis=0)
+    mine = tl.sum((end_tile <= tile).to(tl.int32), axis=0)
+    first = tl.sum(tl.where(expert == mine, start + (tile - end_tile + tiles) * ROWS, 0), axis=0)
+    return mine, first, tl.sum(tl.where(expert == mine, end, 0), axis=0)
 
 
 @triton.jit
-def finish(total, row_scale, column_scale, bias):
-    """[rows, columns] from sums, scales and bias; fma is spelt out, so that every kernel rounds alike."""
-    wide = tl.broadcast_to(column_scale[None, :], total.shape)
-    return tl.fma(total * row_scale[:, None], wide, tl.broadcast_to(bias[None, :], total.shape))
+def sum_partition(
+    x_ptr, w_ptr, first_row, end_row, first_line, end_line, start, end, K: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """[columns, rows] of inputs start:end, weights of 8 bits or dense. A line is one of w [experts * n, k]."""
+    sums = tl.zeros([COLUMNS, ROWS], tl.int32 if KIND == "int8" else tl.float32)
+    row, line = first_row + tl.arange(0, ROWS), first_line + tl.arange(0, COLUMNS)
+    row_inside, line_inside = (row < end_row)[None, :], (line < end_line)[:, None]
+    for first in tl.range(start, end, DEPTH, num_stages=STAGES):
+        if DESCRIPTORS:  # lines of the next expert may come with these; they are not stored
+            w = w_ptr.load([first_line, first])
+            x = x_ptr.load([first_row, first]).T
+        else:
+            at = first + tl.arange(0, DEPTH)
+            w_at = w_ptr + line[:, None].to(tl.int64) * K + at[None, :]
+            x_at = x_ptr + row[None, :].to(tl.int64) * K + at[:, None]
+            w = tl.load(w_at, mask=line_inside & (at < K)[None, :], other=0.0)
+            x = tl.load(x_at, mask=row_inside & (at < K)[:, None], other=0.0)
+        if KIND == "fp8":  # Hopper's tensor cores add fp8 products with 14 bits: only so many at a time
+            sums = tl.dot(w, x, sums, max_num_imprecise_acc=DEPTH)
+        else:
+            sums = tl.dot(w, x, sums, input_precision="ieee", out_dtype=sums.dtype)
+    return sums.to(tl.float32)
+
+
+@triton.jit
+def sum_partition_w4(
+    x_ptr, w_ptr, scale_ptr, zeros_ptr, first_row, end_row, first_line, end_line, start, end, N: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """As above, of 4 bits: w [experts * n, k / 2]; scale and zeros [experts, k / group, n]; DEPTH divides the group."""
+    sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+    row, line = first_row + tl.arange(0, ROWS), first_line + tl.arange(0, COLUMNS)
+    row_inside, line_inside = (row < end_row)[None, :], line < end_line
+    half = tl.arange(0, DEPTH // 2)
+    x_at = x_ptr + row[None, :].to(tl.int64) * K + half[:, None]
+    w_at = w_ptr + line[:, None].to(tl.int64) * (K // 2) + half[None, :]
+    column = line - (end_line - N)
+    group_at = (line - column).to(tl.int64) * (K // GROUP) + column  # of the expert's first group
+    for first in tl.range(start, end, DEPTH, num_stages=STAGES):
+        group = group_at + (first // GROUP) * N
+        scale = tl.load(scale_ptr + group, mask=line_inside, other=0.0).to(tl.float32)
+        zero = tl.load(zeros_ptr + group, mask=line_inside, other=0).to(tl.int8)
+        pair = tl.load(w_at + first // 2, mask=line_inside[:, None], other=0)
+        x_low = tl.load(x_at + first, mask=row_inside, other=0.0)
+        x_high = tl.load(x_at + first + DEPTH // 2, mask=row_inside, other=0.0)
+        low = ((pair & 15).to(tl.int8) - zero[:, None]).to(x_low.dtype)
+        high = ((pair >> 4).to(tl.int8) - zero[:, None]).to(x_low.dtype)
+        group_sums = tl.dot(low, x_low, input_precision="ieee")
+        group_sums = tl.dot(high, x_high, group_sums, input_precision="ieee")
+        sums += group_sums * scale[:, None]
+    return sums
+
+
+@triton.jit
+def finish(
+    total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, IS_SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """[columns, rows] from sums: times both scales, plus the bias; fma is spelt out, so that kernels round alike."""
+    bias = tl.zeros([total.shape[0]], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + line, mask=line_inside, other=0.0).to(tl.float32)
+    if not IS_SCALED:
+        return total + bias[:, None] if HAS_BIAS else total
+    row_scale = tl.load(x_scale_ptr + row, mask=row_inside, other=0.0)
+    line_scale = tl.load(w_scale_ptr + line, mask=line_inside, other=0.0)
+    wide = tl.broadcast_to(line_scale[:, None], total.shape)
+    return tl.fma(total * row_scale[None, :], wide, tl.broadcast_to(bias[:, None], total.shape))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def gemm_kernel(
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr, num_rows, N: tl.constexpr, K: tl.constexpr,
-    PARTITION: tl.constexpr, SPLIT: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, zeros_ptr, bias_ptr, offsets_ptr, out_ptr, parts_ptr, num_rows,
+    N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, PARTITION: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles, and partitions if SPLIT: parts float32 [partitions, t, n]."""
+    """Grid: tiles, and partitions if SPLIT: parts float32 [partitions, t, n]. NUM_EXPERTS: rows are sorted by expert,
+    offsets [experts + 1]. DESCRIPTORS: x_ptr and w_ptr are tensor descriptors of [t, k] and [experts * n, k]."""
     num_row_tiles = tl.cdiv(num_rows, ROWS)
-    a_band = TOGETHER * tl.cdiv(N, COLUMNS)
-    band = tl.program_id(0) // a_band
-    height = tl.minimum(num_row_tiles - band * TOGETHER, TOGETHER)
-    row = (band * TOGETHER + tl.program_id(0) % a_band % height) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % a_band // height * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    x_row_ptr = x_ptr + row[:, None].to(tl.int64) * K
-    w_row_ptr = w_ptr + column[None, :].to(tl.int64) * K
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    first_part = 0
-    end_part = tl.cdiv(K, PARTITION)
+    if NUM_EXPERTS:
+        num_row_tiles = num_rows // ROWS + tl.minimum(num_rows, NUM_EXPERTS)
+    tile, column_tile = tile_of_program(num_row_tiles, N, COLUMNS, TOGETHER)
+    expert, first_row, end_row = rows_of_tile(offsets_ptr, tile, num_rows, NUM_EXPERTS, EXPERTS, ROWS)
+    if first_row >= end_row:
+        return
+    first_line, end_line = expert * N + column_tile * COLUMNS, expert * N + N
+    first_part, end_part = 0, tl.cdiv(K, PARTITION)
     if SPLIT:
-        first_part = tl.program_id(1)
-        end_part = first_part + 1
+        first_part, end_part = tl.program_id(1), tl.program_id(1) + 1
+    total = tl.zeros([COLUMNS, ROWS], tl.float32)
     for part in range(first_part, end_part):
-        sums = tl.zeros([ROWS, COLUMNS], tl.int32 if INTEGER else tl.float32)
-        for start in tl.range(part * PARTITION, tl.minimum(part * PARTITION + PARTITION, K), DEPTH, num_stages=STAGES):
-            at = start + depth
-            x = tl.load(x_row_ptr + at[None, :], mask=(row < num_rows)[:, None] & (at < K)[None, :], other=0.0)
-            w = tl.load(w_row_ptr + at[:, None], mask=(column < N)[None, :] & (at < K)[:, None], other=0.0)
-            sums = tl.dot(x, w, sums, out_dtype=sums.dtype)
-        total += sums.to(tl.float32)
-    inside = (row < num_rows)[:, None] & (column < N)[None, :]
-    at_out = row[:, None].to(tl.int64) * N + column[None, :]
+        start, end = part * PARTITION, tl.minimum(part * PARTITION + PARTITION, K)
+        if KIND == "w4":
+            total += sum_partition_w4(
+                x_ptr, w_ptr, w_scale_ptr, zeros_ptr, first_row, end_row, first_line, end_line, start, end, N, K, GROUP,
+                ROWS, COLUMNS, DEPTH, STAGES,
+            )  # fmt: skip
+        else:
+            total += sum_partition(
+                x_ptr, w_ptr, first_row, end_row, first_line, end_line, start, end, K, KIND, ROWS, COLUMNS, DEPTH,
+                STAGES, DESCRIPTORS,
+            )  # fmt: skip
+    row, line = first_row + tl.arange(0, ROWS), first_line + tl.arange(0, COLUMNS)
+    row_inside, line_inside = row < end_row, line < end_line
+    at_out = row[None, :].to(tl.int64) * N + (line - expert * N)[:, None]
+    inside = line_inside[:, None] & row_inside[None, :]
     if SPLIT:
         tl.store(parts_ptr + tl.program_id(1) * num_rows.to(tl.int64) * N + at_out, total, mask=inside)
     else:
-        row_scale = tl.load(x_scale_ptr + row, mask=row < num_rows, other=0.0)
-        column_scale = tl.load(w_scale_ptr + column, mask=column < N, other=0.0)
-        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0)
-        out = finish(total, row_scale, column_scale, bias)
+        is_scaled: tl.constexpr = KIND == "int8" or KIND == "fp8"
+        out = finish(total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, is_scaled, HAS_BIAS)
         tl.store(out_ptr + at_out, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def add_parts_kernel(
-    parts_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, num_rows, N: tl.constexpr, NUM_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    parts_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, offsets_ptr, out_ptr, num_rows, N: tl.constexpr,
+    NUM_PARTS: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, and blocks of columns. Adds the partitions from left to right."""
-    row = tl.program_id(0)
+    expert, _, _ = rows_of_tile(offsets_ptr, tl.program_id(0), num_rows, NUM_EXPERTS, EXPERTS, 1)
+    row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row.to(tl.int64) * N + column[None, :]
-    total = tl.zeros([1, BLOCK], tl.float32)
+    inside = column < N
+    at = row[None, :].to(tl.int64) * N + column[:, None]
+    total = tl.zeros([BLOCK, 1], tl.float32)
     for part in tl.static_range(NUM_PARTS):
-        total += tl.load(parts_ptr + part * num_rows.to(tl.int64) * N + at, mask=(column < N)[None, :], other=0.0)
-    column_scale = tl.load(w_scale_ptr + column, mask=column < N, other=0.0)
-    bias = tl.load(bias_ptr + column, mask=column < N, other=0.0)
-    out = finish(total, tl.load(x_scale_ptr + row + tl.arange(0, 1)), column_scale, bias)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(column < N)[None, :])
-
-
-def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [t, k] -> x' [t, k] of int8 or float8_e4m3fn, and its scales float32 [t]."""
-    assert x.is_contiguous()
-    num_rows, size = x.shape
-    out = torch.empty((num_rows, size), dtype=dtype, device=x.device)
-    scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    if num_rows:
-        block = triton.next_power_of_2(size)
-        largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-        warps = min(max(block // 512, 1), 16)
-        quantize_kernel[(num_rows,)](x, out, scale, SIZE=size, BLOCK=block, LARGEST=largest, num_warps=warps)
-    return out, scale
-
-
-def partition_of(out_features: int, in_features: int) -> int:
-    """How many inputs are summed from zero: a multiple of the tile's depth."""
-    wanted = max(_PROGRAMS // triton.cdiv(out_features, _COLUMNS), 1)
-    steps = triton.cdiv(in_features, _DEPTH)
-    return int(max(triton.cdiv(steps, wanted), min(steps, 4))) * _DEPTH
-
-
-def multiply(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    out_dtype: torch.dtype,
-    min_programs: int,
-    num_stages: int,
-) -> torch.Tensor:
-    """x [t, k] @ weight'[n, k]^T * weight_scale[n] + bias float32 [n] -> [t, n]. Partitions are shared out if there
-    would be fewer than `min_programs` programs otherwise."""
-    (num_rows, in_features), out_features = x.shape, weight.shape[0]
-    out = torch.empty((num_rows, out_features), dtype=out_dtype, device=x.device)
-    if not num_rows:
-        return out
-    quantised, scale = quantize(x, weight.dtype)
-    partition = partition_of(out_features, in_features)
-    num_parts = triton.cdiv(in_features, partition)
-    num_tiles = triton.cdiv(num_rows, _ROWS) * triton.cdiv(out_features, _COLUMNS)
-    split = num_parts > 1 and num_tiles < min_programs
-    parts = out
-    if split:
-        parts = torch.empty((num_parts, num_rows, out_features), dtype=torch.float32, device=x.device)
-    gemm_kernel[(num_tiles, num_parts if split else 1)](
-        quantised, weight, scale, weight_scale, bias, out, parts, num_rows, N=out_features, K=in_features,
-        PARTITION=partition, SPLIT=split, INTEGER=weight.dtype == torch.int8, ROWS=_ROWS, COLUMNS=_COLUMNS,
-        DEPTH=_DEPTH, TOGETHER=_ROW_TILES_TOGETHER, STAGES=num_stages, num_warps=_WARPS,
-    )  # fmt: skip
-    if split:
-        add_parts_kernel[(num_rows, triton.cdiv(out_features, 256))](
-            parts, scale, weight_scale, bias, out, num_rows, N=out_features, NUM_PARTS=num_parts, BLOCK=256, num_warps=2
-        )
-    return out
+        total += tl.load(parts_ptr + part * num_rows.to(tl.int64) * N + at, mask=inside[:, None], other=0.0)
+    line = expert * N + column
+    out = finish(total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row < num_rows, line, inside, IS_SCALED, HAS_BIAS)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])

@@ -22,16 +22,18 @@ from llmserve.kernels.ops import (
     SamplingTensors,
 )
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.triton import embedding, gemm, norm, packed_attention, rotary, segment_sum, split_attention
+from llmserve.kernels.triton import embedding, norm, packed_attention, rotary, segment_sum, split_attention
 from llmserve.kernels.triton.activation import activate, gate_and_mul
 from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
 from llmserve.kernels.triton.layer_norm import layer_norm
+from llmserve.kernels.triton.products import multiply
 from llmserve.kernels.triton.sampling import sample as draw
-from llmserve.kernels.triton.tables import attention_tiles, gemm_stages
-from llmserve.kernels.triton.weights import ByteLinearWeight, byte_linear_bytes
-from llmserve.kernels.weight_formats import DENSE, INT8
+from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles
+from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows
+from llmserve.kernels.weight_formats import DENSE, FP8, INT8, W4A16_GROUPS, row_bytes
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FIRST_WITH_FP8 = 89  # of NVIDIA's; AMD's fp8 is another
 _PROGRAMS_A_PROCESSOR = 2  # of attention that run at once on a multiprocessor
 
 
@@ -40,12 +42,13 @@ class TritonOps:
 
     name = "triton"
     computes_sinks = False
-    weight_formats: tuple[str, ...] = (DENSE, INT8)
 
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture
+        self.weight_formats: tuple[str, ...] = (DENSE, INT8, *W4A16_GROUPS)
+        if architecture.startswith("sm_") and int(architecture[3:]) >= _FIRST_WITH_FP8:
+            self.weight_formats += (FP8,)
         self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
-        self._num_gemm_stages = gemm_stages(architecture)
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
         check_spec(spec)
@@ -56,30 +59,31 @@ class TritonOps:
         return TritonKVCache(spec, num_blocks, device)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
-        """`fmt` "dense" keeps the type, "int8" makes W8A8. Another is a ValueError."""
-        if fmt == INT8:
-            return ByteLinearWeight(weight, bias)
-        if fmt != DENSE:
-            raise ValueError(f"The Triton kernels know the weight formats 'dense' and 'int8', not {fmt!r}.")
-        return DenseLinearWeight(weight, bias)
+        """`fmt` "dense" keeps the type, "int8" and "fp8" make W8A8. Another is a ValueError."""
+        self._check_format(fmt, (DENSE, INT8, FP8))
+        return DenseLinearWeight(weight, bias) if fmt == DENSE else pack_bytes(weight, bias, fmt)
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
-        """Always a ValueError: dequantise, and pack the dense matrix."""
-        raise ValueError(f"The Triton kernels know the weight formats 'dense' and 'int8', not {ggml_type!r}.")
+        """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise them, and pack that."""
+        self._check_format(ggml_type, (INT8, FP8, *W4A16_GROUPS))
+        if ggml_type in W4A16_GROUPS:
+            return pack_group_rows(raw, bias, ggml_type)
+        return pack_byte_rows(raw, bias, ggml_type)
+
+    def _check_format(self, fmt: str, wanted: tuple[str, ...]) -> None:
+        formats = [name for name in wanted if name in self.weight_formats]
+        if fmt not in formats:
+            raise ValueError(f"The Triton kernels for {self.architecture} know {', '.join(formats)} here, not {fmt!r}.")
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         assert fmt in self.weight_formats
-        if fmt == INT8:
-            return byte_linear_bytes(out_features, in_features)
-        return (out_features * in_features + out_features * has_bias) * dtype.itemsize
+        a_row = in_features * dtype.itemsize if fmt == DENSE else row_bytes(fmt, in_features)
+        return out_features * (a_row + has_bias * dtype.itemsize)
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """`out_dtype` float32 keeps what was accumulated."""
-        if isinstance(weight, ByteLinearWeight):
-            out_dtype = out_dtype or x.dtype
-            return gemm.multiply(
-                x, weight.weight, weight.scale, weight.bias, out_dtype, self._min_programs, self._num_gemm_stages
-            )
+        if isinstance(weight, PackedWeight):
+            return self.multiply(x, weight, out_dtype)
         assert isinstance(weight, DenseLinearWeight)
         if out_dtype is None or out_dtype == x.dtype:
             return F.linear(x, weight.weight, weight.bias)
@@ -87,6 +91,18 @@ class TritonOps:
             return F.linear(x.to(out_dtype), weight.weight.to(out_dtype), _cast(weight.bias, out_dtype))
         product: torch.Tensor = torch.mm(x, weight.weight.t(), out_dtype=out_dtype)
         return product if weight.bias is None else product + weight.bias
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        out_dtype: torch.dtype | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [t, in] by our own kernel; with `offsets`, those of a mixture's rows, each times its expert's matrix."""
+        bits = 8 if weight.kind in (INT8, FP8) else 32 if x.dtype == torch.float32 else 4 if weight.depth else 16
+        tiles = gemm_tiles(self.architecture, bits)
+        return multiply(x, weight, out_dtype or x.dtype, tiles, self._min_programs, offsets)
 
     def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """An id outside the table gives a row of NaN."""

@@ -49,9 +49,39 @@ def attention_tiles(architecture: str, head_dim: int, cache_bytes: int) -> Atten
     return _ATTENTION.get((family, dim, cache_bytes)) or _ATTENTION[family, dim, 2]
 
 
-def gemm_stages(architecture: str) -> int:
-    """How many tiles of `gemm_kernel` are on their way at once: AMD's shared memory holds two."""
-    return 2 if architecture.startswith("gfx") else 4
+@dataclass(frozen=True, slots=True)
+class GemmTiles:
+    """Of `gemm_kernel`. What is summed in which order does not depend on them."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # tiles are fetched by the tensor memory accelerator
+
+
+# (architecture, bits of a weight) -> from few rows to many. 16 rows are the least a matrix instruction takes; 64 and
+# more weights on its other side are wgmma's least. On gfx942 the instruction itself would follow from a tile's
+# rows, and with it the order of sums: there is one size only.
+_GEMM = {
+    ("sm_80", 16): (GemmTiles(16, 128, 4, 4), GemmTiles(64, 128, 4, 3), GemmTiles(128, 128, 8, 3)),
+    ("sm_90", 16): (GemmTiles(16, 128, 4, 4), GemmTiles(64, 128, 4, 4, True), GemmTiles(128, 128, 8, 4, True)),
+    ("sm_100", 16): (GemmTiles(16, 128, 4, 4), GemmTiles(64, 128, 4, 4, True), GemmTiles(128, 128, 8, 4, True)),
+    ("gfx942", 16): (GemmTiles(64, 128, 4, 2),),
+    ("sm_80", 4): (GemmTiles(16, 64, 4, 4), GemmTiles(64, 128, 8, 3)),
+    ("sm_90", 4): (GemmTiles(16, 64, 4, 4), GemmTiles(64, 128, 8, 3)),
+    ("sm_100", 4): (GemmTiles(16, 64, 4, 4), GemmTiles(64, 128, 8, 3)),
+    ("gfx942", 4): (GemmTiles(64, 128, 8, 2),),
+}
+_GEMM_FLOAT32 = (GemmTiles(16, 32, 4, 2),)
+
+
+def gemm_tiles(architecture: str, bits: int) -> tuple[GemmTiles, ...]:
+    """From few rows to many, for weights of so many bits; those of 8 bits take the tiles of 16."""
+    if bits == 32:
+        return _GEMM_FLOAT32
+    family = _family(architecture)
+    return _GEMM.get((family, bits)) or _GEMM[family, 16]
 
 
 def _family(architecture: str) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from llmserve.kernels.moe_ops import MoEOps, Routing
+from llmserve.kernels.moe_ops import ExpertWeights, MoEOps, Routing
 from llmserve.kernels.ops import AttentionMetadata, KVCache, LayerParameters, LayerStack, LinearWeight, Ops
 
 
@@ -45,7 +45,7 @@ class FeedForward(Protocol):
     """The second half of a layer."""
 
     @property
-    def linears(self) -> list[LinearWeight]:
+    def linears(self) -> list[LinearWeight | ExpertWeights]:
         """Its packed matrices."""
         ...
 
@@ -69,7 +69,7 @@ class MLP:
     activation_and_mul: Callable[[torch.Tensor], torch.Tensor]
 
     @property
-    def linears(self) -> list[LinearWeight]:
+    def linears(self) -> list[LinearWeight | ExpertWeights]:
         return [self.gate_up, self.down]
 
     @property
@@ -90,17 +90,17 @@ class MoE:
     router: LinearWeight  # [experts, hidden]
     routing: Routing
     correction_bias: torch.Tensor | None  # float32 [experts]
-    gate_up: list[LinearWeight]  # of each expert, [2 * intermediate, hidden]
-    down: list[LinearWeight]  # [hidden, intermediate]
+    gate_up: ExpertWeights  # of each expert, [2 * intermediate, hidden]
+    down: ExpertWeights  # [hidden, intermediate]
     activation_and_mul: Callable[[torch.Tensor], torch.Tensor]
     shared: MLP | None
     shared_gate: LinearWeight | None  # [1, hidden]
 
     @property
-    def linears(self) -> list[LinearWeight]:
+    def linears(self) -> list[LinearWeight | ExpertWeights]:
         shared = self.shared.linears if self.shared is not None else []
         gate = [self.shared_gate] if self.shared_gate is not None else []
-        return [self.router, *self.gate_up, *self.down, *shared, *gate]
+        return [self.router, self.gate_up, self.down, *shared, *gate]
 
     @property
     def vectors(self) -> list[torch.Tensor]:
@@ -129,7 +129,7 @@ class DecoderLayer:
     eps: float
 
     @property
-    def linears(self) -> list[LinearWeight]:
+    def linears(self) -> list[LinearWeight | ExpertWeights]:
         """Its packed matrices."""
         return [self.attention.qkv, self.attention.o, *self.mlp.linears]
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from llmserve.errors import ModelLoadError
-from llmserve.kernels.moe_ops import Routing
+from llmserve.kernels.moe_ops import ExpertWeights, MoEOps, Routing
 from llmserve.kernels.ops import LinearWeight, Ops
 from llmserve.kernels.select import select_moe
 from llmserve.kernels.weight_formats import DENSE, row_bytes
@@ -92,6 +92,7 @@ class _ParameterReader:
         formats: Mapping[str, str],
         progress: Progress | None,
     ) -> None:
+        self.where = source.where
         self._source = source
         self._norm_offset = config.norm_weight_offset
         self._dtype = dtype
@@ -222,9 +223,17 @@ def _load_moe(reader: _ParameterReader, ops: Ops, layer: int, moe: MoEConfig, ac
         router=reader.linear(f"{layer_prefix(layer)}{moe.names.router}"),
         routing=Routing(moe.num_experts_per_token, moe.scoring, moe.renormalize, moe.scale),
         correction_bias=reader.vector(correction_bias_name(layer, moe)) if moe.has_correction_bias else None,
-        gate_up=[reader.linear(f"{expert}gate_up_proj") for expert in experts],
-        down=[reader.linear(f"{expert}down_proj") for expert in experts],
+        gate_up=_pack_experts(reader, moe_ops, [f"{expert}gate_up_proj" for expert in experts]),
+        down=_pack_experts(reader, moe_ops, [f"{expert}down_proj" for expert in experts]),
         activation_and_mul=expert_activation,
         shared=_load_mlp(reader, ops, shared, activation_and_mul) if moe.shared_intermediate_size else None,
         shared_gate=reader.linear(f"{shared}_gate") if moe.has_shared_gate else None,
     )
+
+
+def _pack_experts(reader: _ParameterReader, moe_ops: MoEOps, names: list[str]) -> ExpertWeights:
+    """One matrix of each expert. Raises ModelLoadError for a mixture of formats where none is computed."""
+    try:
+        return moe_ops.pack_experts((reader.linear(name) for name in names), len(names))
+    except ValueError as error:
+        raise ModelLoadError(f"{reader.where}: {names[0]!r} and those like it: {error}") from error

@@ -15,8 +15,7 @@ from llmserve.models.config import ModelConfig, read_model_config
 from llmserve.models.llama import LlamaModel
 from llmserve.models.parameters import LM_HEAD, check_tensors
 from llmserve.models.renamed_weights import RenamedWeights
-from llmserve.models.safetensors_weights import SafetensorsWeights
-from llmserve.models.weights import WeightSource
+from llmserve.models.weights import WeightSource, open_folder
 
 _BLOCK_SIZE = 16
 _ROOTS = ("embed_tokens.", "layers.", "norm.")  # of checkpoints saved without the language model's head
@@ -68,7 +67,7 @@ def open_decoder(folder: Path, *, with_head: bool) -> tuple[ModelConfig, WeightS
     config = read_model_config(folder)
     if not with_head:
         config = replace(config, tie_word_embeddings=True)  # no head of its own is needed, then
-    source = RenamedWeights(SafetensorsWeights(folder), _base_name)
+    source = RenamedWeights(open_folder(folder, config), _base_name)
     check_tensors(config, source.shapes, source.where)
     return config, source
 

@@ -1,21 +1,20 @@
 """The published layouts of packed matrices, and what each number in them means. Knows tensors, not files or names.
 
 Whatever the layout, a matrix is read as rows of w = (value - zero point) * scale, a scale for a group of inputs. From
-that it becomes plain numbers, or blocks of our own formats where these say the same: int8 rows exactly, Q4_0 and Q8_0
-too as long as fp16 holds the scale, Q4_1 but for the product of scale and zero point, which is rounded to fp16.
+that it becomes plain numbers, or rows of our own formats where these say the same (`raw_rows.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
 from llmserve.errors import ModelLoadError
+from llmserve.kernels.weight_formats import FP8, w4a16_format
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
+from llmserve.models.raw_rows import BLOCK, Rows, encode_rows
 
-BLOCK = 32  # inputs of a block of Q4_0, Q4_1 and Q8_0
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each four bits of a word are of
 # Twice the values of E2M1, so that they are whole: the sign is the highest of four bits.
 _MXFP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -43,21 +42,19 @@ def companions(quantization: CheckpointQuantization) -> dict[str, bool]:
     return {name.rstrip("?"): not name.endswith("?") for name in _COMPANIONS[quantization.layout]}
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Some outputs of a matrix, g groups of inputs."""
-
-    values: torch.Tensor  # [n, in], whole numbers; of fp8, float32
-    zeros: torch.Tensor  # [n, g] or [1, 1], whole numbers
-    scales: torch.Tensor  # float32 [n, g]
-
-
 class PackedMatrix:
     """One [out, in] matrix in its file. `type_name` is the format of ours it can become as it lies, by its name in
     `weight_formats` in capitals, or else what it is: "F8_E4M3", "W4", "W8"."""
 
-    def __init__(self, where: str, tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization) -> None:
-        """`where` names file and matrix; `tensors` by the last part of their names. Raises ModelLoadError."""
+    def __init__(
+        self,
+        where: str,
+        tensors: Mapping[str, torch.Tensor],
+        quantization: CheckpointQuantization,
+        formats: Collection[str] = (),
+    ) -> None:
+        """`where` names file and matrix; `tensors` by the last part of their names; `formats`: see `open_weights`.
+        Raises ModelLoadError."""
         self._where = where
         self._tensors = tensors
         self._quantization = quantization
@@ -65,7 +62,7 @@ class PackedMatrix:
         self.shape = _shape(tensors, quantization)
         self._check_shapes()
         self._group_of = self._group_index()
-        self.type_name = self._type_name()
+        self.type_name = self._own_format(formats) or self._type_name()
 
     def read(self, out: torch.Tensor, part: slice) -> None:
         """The outputs `part` as numbers: out [n, in] of any float type."""
@@ -76,36 +73,15 @@ class PackedMatrix:
 
     def read_raw(self, out: torch.Tensor, part: slice) -> None:
         """The outputs `part` in the format `type_name`: out uint8 [n, bytes of a row]."""
-        rows = self._rows(part)
-        count = len(rows.values)
-        if self.type_name == "INT8":
-            if bool(rows.zeros.any()):
-                raise ModelLoadError(f"{self._where}: zero points other than 0, but the configuration says symmetric.")
-            scales = rows.scales.expand(count, 1).contiguous().view(torch.uint8)
-            out.copy_(torch.cat((scales, rows.values.to(torch.int8).view(torch.uint8)), dim=1))
-            return
-        groups = self._group_of[::BLOCK]  # of each block
-        scales = rows.scales[:, groups] if rows.scales.shape[1] > 1 else rows.scales.expand(count, len(groups))
-        zeros = rows.zeros[:, groups] if rows.zeros.shape[1] > 1 else rows.zeros.expand(count, len(groups))
-        values = rows.values.view(count, -1, BLOCK)
-        factors = [scales.half()]
-        if self.type_name == "Q8_0":
-            whole = values - zeros[..., None]
-            if bool(((whole < -128) | (whole > 127)).any()):
-                raise ModelLoadError(f"{self._where}: zero points far from 128, but the configuration says symmetric.")
-            quants = whole.to(torch.int8).view(torch.uint8)
-        else:
-            nibbles = values.to(torch.uint8)
-            quants = nibbles[:, :, : BLOCK // 2] | nibbles[:, :, BLOCK // 2 :] << 4
-        if self.type_name == "Q4_1":
-            factors.append((-zeros * scales).half())
-        elif self.type_name == "Q4_0" and not bool((zeros == 8).all()):
-            raise ModelLoadError(f"{self._where}: zero points other than 8, but the configuration says symmetric.")
-        packed = torch.stack(factors, dim=-1).contiguous().view(torch.uint8).view(count, len(groups), -1)
-        out.copy_(torch.cat((packed, quants), dim=2).view(out.shape))
+        out.copy_(encode_rows(self.type_name.lower(), self._rows(part), self._group_of, self._where))
 
     def _check_shapes(self) -> None:
         (rows, columns), quantization = self.shape, self._quantization
+        if quantization.layout == "float" and not {"weight_scale", "weight_scale_inv"} & set(self._tensors):
+            raise ModelLoadError(
+                f"{self._where}: 'weight' is in fp8, but neither 'weight_scale' nor 'weight_scale_inv' stands beside "
+                "it, so nothing says what its numbers mean. Use a complete checkpoint."
+            )
         per_word = 32 // quantization.bits
         groups = -(-columns // (quantization.group_size or columns))
         by_row: set[tuple[int, ...]] = {(rows, groups), (rows,), (1,), ()} if groups == 1 else {(rows, groups)}
@@ -142,6 +118,17 @@ class PackedMatrix:
         if self._quantization.block_size is not None:
             return columns // self._quantization.block_size[1]
         return columns // (self._quantization.group_size or self.shape[1])
+
+    def _own_format(self, formats: Collection[str]) -> str | None:
+        """Of 4 bits with the file's own groups, and of fp8 with a scale for each output: where it is computed."""
+        quantization, name = self._quantization, None
+        if quantization.layout == "float" and quantization.block_size is None:
+            name = FP8
+        elif quantization.bits == 4 and quantization.layout in ("gptq", "awq", "packed"):
+            name = w4a16_format(quantization.group_size, self.shape[1])
+            in_order = torch.arange(self.shape[1]) // (quantization.group_size or self.shape[1])
+            name = name if torch.equal(self._group_of, in_order) else None
+        return name.upper() if name in formats and name is not None else None
 
     def _type_name(self) -> str:
         quantization = self._quantization
@@ -207,8 +194,7 @@ def _int_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuant
 
 def _float_rows(tensors: Mapping[str, torch.Tensor], quantization: CheckpointQuantization, part: slice) -> Rows:
     """weight fp8 [out, in]; a scale for all, for an output [out, 1], or for a tile [out / a, in / b]."""
-    scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-    assert scales is not None
+    scales = tensors["weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"]
     if quantization.block_size is not None:
         scales = scales.float()[torch.arange(part.start, part.stop) // quantization.block_size[0]]
     else:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from llmserve.errors import ConfigError
-from llmserve.kernels.weight_formats import DENSE, GGUF_FORMATS, INT8, Q8_0
+from llmserve.kernels.weight_formats import DENSE, FP8, GGUF_FORMATS, INT8, NATIVE_FORMATS, Q8_0
 from llmserve.models.config import ModelConfig
 from llmserve.models.parameters import linear_parameters
 
@@ -22,20 +22,20 @@ _FLOAT_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
 def quantization_choices(types: Iterable[str], supported: Iterable[str]) -> tuple[str, ...]:
     """What `--quantization` may be, beside auto, for weights of these types where those formats are computed."""
     formats = set(supported)
-    made = [name for name in (Q8_0, INT8) if name in formats]
+    made = [name for name in (Q8_0, INT8, FP8) if name in formats]
     return ("none", *made, *(["gguf"] if native_types(types, formats) else []))
 
 
 def native_types(types: Iterable[str], supported: Iterable[str]) -> list[str]:
-    """The quantised types among `types` that are computed as they lie in the file: GGUF's blocks and int8 rows."""
-    formats = {*GGUF_FORMATS, INT8} & set(supported)
+    """The quantised types among `types` that are computed as they lie in the file."""
+    formats = set(NATIVE_FORMATS) & set(supported)
     return sorted({name for name in types if name.lower() in formats})
 
 
 def resolve_quantization(
     asked: str, where: str, types: Iterable[str], supported: Iterable[str], *, dtype_is_auto: bool
 ) -> str:
-    """One of "none", "q8_0", "int8" and "gguf". Raises ConfigError, with the choices there are, for what is not
+    """One of "none", "q8_0", "int8", "fp8" and "gguf". Raises ConfigError, with the choices there are, for what is not
     possible here.
 
     `auto` keeps the blocks of a GGUF file, and makes q8_0 of other weights, where the device computes them; but who
@@ -61,8 +61,8 @@ def choose_formats(
 ) -> dict[str, str]:
     """`LinearParameter.name` -> its format. `types` is of every tensor, `quantization` one that was resolved.
 
-    With "gguf" a matrix whose blocks no kernel computes, or whose parts differ, becomes q8_0; with "q8_0" one whose
-    rows are not whole blocks stays dense. The log says so. Routers are always dense.
+    With "gguf" a matrix that no kernel computes as it lies, or whose parts differ, becomes q8_0, or dense where there
+    is no q8_0; with "q8_0" one whose rows are not whole blocks stays dense. The log says so. Routers are always dense.
     """
     formats = set(supported)
     chosen: dict[str, str] = {}
@@ -72,8 +72,8 @@ def choose_formats(
         if wanted == "gguf":
             parts = {types[f"{part}.weight"] for part in matrix.parts}
             wanted = _block_format(parts, formats)
-            if wanted == Q8_0 and parts != {"Q8_0"}:
-                replaced[f"{' with '.join(sorted(parts))} as q8_0"] += 1
+            if {wanted.upper()} != parts and not parts <= _FLOAT_TYPES:
+                replaced[f"{' with '.join(sorted(parts))} as {wanted}"] += 1
         if wanted == Q8_0 and matrix.in_features % GGUF_FORMATS[Q8_0][0]:
             replaced[f"rows of {matrix.in_features} weights as dense"] += 1
             wanted = DENSE

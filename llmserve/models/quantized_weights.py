@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from llmserve.errors import ModelLoadError
@@ -18,8 +20,12 @@ class QuantizedWeights:
     Raises ModelLoadError, naming the tensor, for a part that is missing or of a shape that does not belong.
     """
 
-    def __init__(self, stored: StoredTensors, quantization: CheckpointQuantization) -> None:
+    def __init__(
+        self, stored: StoredTensors, quantization: CheckpointQuantization, formats: Collection[str] = ()
+    ) -> None:
+        """`formats`: see `open_weights`."""
         self.where = stored.where
+        self._formats = formats
         self._stored = stored
         self._matrices: dict[str, PackedMatrix] = {}
         parts: set[str] = set()
@@ -51,7 +57,9 @@ class QuantizedWeights:
                     f"which {quantization} needs."
                 )
         tensors = {part: self._stored.view(name) for part, name in names.items()}
-        self._matrices[f"{module}.weight"] = PackedMatrix(f"{self.where}: {module!r}", tensors, quantization)
+        self._matrices[f"{module}.weight"] = PackedMatrix(
+            f"{self.where}: {module!r}", tensors, quantization, self._formats
+        )
         return set(names.values())
 
     def nbytes(self, name: str) -> int:

@@ -7,6 +7,7 @@ second copy of a model is ever in memory.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -45,20 +46,23 @@ class WeightSource(Protocol):
         ...
 
 
-def open_weights(path: Path, config: ModelConfig) -> WeightSource:
+def open_weights(path: Path, config: ModelConfig, formats: Collection[str] = ()) -> WeightSource:
     """A Hugging Face folder's safetensors or a .gguf file, which holds what `config` needs. Reads headers only.
 
-    Raises ModelLoadError, naming file and tensor, for what is damaged, missing, misshapen or not known to the model.
+    `formats` are those the device computes (`Ops.weight_formats`): a packed matrix is of the first type it can be read
+    as among these, else of GGUF's blocks. Raises ModelLoadError, naming file and tensor, for what is damaged, missing,
+    misshapen or not known to the model.
     """
-    source = _open_folder(path, config) if path.is_dir() else GgufWeights(path, config)
+    source = open_folder(path, config, formats) if path.is_dir() else GgufWeights(path, config)
     check_tensors(config, source.shapes, source.where)
     return source
 
 
-def _open_folder(path: Path, config: ModelConfig) -> WeightSource:
+def open_folder(path: Path, config: ModelConfig, formats: Collection[str] = ()) -> WeightSource:
+    """A Hugging Face folder's tensors, whatever they are; quantised ones by what `config` says of them."""
     if config.quantization is None:
         return SafetensorsWeights(path, config.moe)
-    return QuantizedWeights(StoredTensors(path, config.moe), config.quantization)
+    return QuantizedWeights(StoredTensors(path, config.moe), config.quantization, formats)
 
 
 class GgufWeights:

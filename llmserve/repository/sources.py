@@ -18,7 +18,7 @@ from typing import Any, Literal
 from llmserve.errors import ModelLoadError
 from llmserve.gguf_file import is_gguf, read_gguf
 from llmserve.json_fields import read_json
-from llmserve.kernels.weight_formats import ALL_FORMATS
+from llmserve.kernels.weight_formats import CPU_FORMATS
 from llmserve.models.checkpoint_quantization import read_quantization
 from llmserve.models.quantization import quantization_choices
 from llmserve.repository import embedded
@@ -80,7 +80,7 @@ def _embedded_listing(model: embedded.EmbeddedModel) -> ModelListing:
     folder = embedded.folder_of(model) if embedded.is_fetched(model) else None
     size_bytes = folder_bytes(folder) if folder is not None else model.download_bytes
     description = f"{model.description} {model.licence}."
-    return ModelListing("embedded", model.name, folder, size_bytes, quantization_choices((), ALL_FORMATS), description)
+    return ModelListing("embedded", model.name, folder, size_bytes, quantization_choices((), CPU_FORMATS), description)
 
 
 def _gguf_quantizations(path: Path) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _gguf_quantizations(path: Path) -> tuple[str, ...]:
         tensors = read_gguf(path).tensors.values()
     except ModelLoadError:
         return ()
-    return quantization_choices({tensor.type_name for tensor in tensors}, ALL_FORMATS)
+    return quantization_choices({tensor.type_name for tensor in tensors}, CPU_FORMATS)
 
 
 def _folder_quantizations(folder: Path) -> tuple[tuple[str, ...], str]:
@@ -99,7 +99,7 @@ def _folder_quantizations(folder: Path) -> tuple[tuple[str, ...], str]:
     except ModelLoadError as error:
         return (), error.message
     own = packed.block_type if packed is not None else None
-    return quantization_choices([own] if own is not None else [], ALL_FORMATS), "" if packed is None else f"{packed}."
+    return quantization_choices([own] if own is not None else [], CPU_FORMATS), "" if packed is None else f"{packed}."
 
 
 def _local(path: Path, name: str) -> ModelSource:

@@ -72,7 +72,7 @@ def test_booleans_have_a_flag_each_way() -> None:
         (["--port", "70000"], {}, "port"),
         (["m", "--max-model-len", "0"], {}, "max_model_len"),
         (["m", "--dtype", "int3"], {}, "float32, bfloat16"),
-        (["m", "--quantization", "awq"], {}, "auto, none, q8_0, int8, gguf"),
+        (["m", "--quantization", "awq"], {}, "auto, none, q8_0, int8, fp8, gguf"),
         (["m", "--kv-cache-memory", "lots"], {}, "512M"),
         (["m", "--block-size", "20"], {}, "multiple of 16"),
         (["m", "--itl-slowdown", "1.0"], {}, "itl_slowdown"),

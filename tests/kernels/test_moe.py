@@ -71,7 +71,8 @@ def test_a_row_is_the_same_bits_whoever_shares_its_experts(ops: Ops, routing: Ro
 
     def run(part: slice) -> torch.Tensor:
         rows = ReferenceMoE(ops).route(logits[part], routing, None)
-        y = ReferenceMoE(ops).grouped_linear(x[part][rows.source_rows], experts, rows, torch.float32)
+        packed = ReferenceMoE(ops).pack_experts(experts, len(experts))
+        y = ReferenceMoE(ops).grouped_linear(x[part][rows.source_rows], packed, rows, torch.float32)
         return ReferenceMoE(ops).combine_experts(y, rows, dtype, shared[part], gate[part])
 
     whole = run(slice(0, 301))
@@ -86,7 +87,7 @@ def test_a_row_is_the_same_bits_whoever_shares_its_experts(ops: Ops, routing: Ro
 
 
 def test_no_rows(ops: Ops) -> None:
-    experts = [ops.pack_linear(randn(16, 32, seed=expert)) for expert in range(3)]
+    experts = ReferenceMoE(ops).pack_experts((ops.pack_linear(randn(16, 32, seed=expert)) for expert in range(3)), 3)
     rows = ReferenceMoE(ops).route(randn(0, 3), Routing(2, "softmax", True))
     y = ReferenceMoE(ops).grouped_linear(randn(0, 32), experts, rows)
     assert ReferenceMoE(ops).combine_experts(y, rows, torch.float32).shape == (0, 16)

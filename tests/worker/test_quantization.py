@@ -105,5 +105,5 @@ def test_blocks_of_a_file_that_has_none(folder: Path, prepare: Callable[..., Pre
 
 
 def test_an_unknown_format() -> None:
-    with pytest.raises(ConfigError, match="quantization must be one of auto, none, q8_0, int8, gguf, not 'awq'"):
+    with pytest.raises(ConfigError, match="quantization must be one of auto, none, q8_0, int8, fp8, gguf, not 'awq'"):
         EngineConfig(quantization="awq")

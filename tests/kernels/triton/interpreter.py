@@ -23,6 +23,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 _SEVERAL_READERS, _NOBODY = -2, -1
@@ -168,7 +169,9 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
 
     # memory
 
-    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *hints: Any) -> Any:
+    def create_masked_load(
+        self, ptrs: Any, mask: Any, other: Any, cache_modifier: Any, eviction_policy: Any, is_volatile: Any
+    ) -> Any:
         element = ptrs.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         self.memory.access("load", ptrs.data, mask.data, dtype.itemsize, self._program)
@@ -178,7 +181,7 @@ class CorrectedBuilder(InterpreterBuilder):  # type: ignore[misc]
                 _from_float(np.float32(np.nan), element) if _is_odd(element) else np.nan if dtype.kind == "f" else 85
             )
             other = TensorHandle(np.full(ptrs.data.shape, poison, dtype), element)
-        return super().create_masked_load(ptrs, mask, other, *hints)
+        return super().create_masked_load(ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *hints: Any) -> Any:
         num_bytes = interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize
@@ -203,7 +206,8 @@ class CheckedExecutor(GridExecutor):  # type: ignore[misc]
     """Tells the builder which storages a launch may touch, and raises a fault as what it is."""
 
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
-        tensors = [value for value in [*args_dev, *kwargs.values()] if isinstance(value, torch.Tensor)]
+        given = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in [*args_dev, *kwargs.values()]]
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
         interpreter.interpreter_builder.memory = Memory(self.fn.__name__, tensors)
         return super()._init_args_hst(args_dev, kwargs)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compile_kernels import Report
-from benchmarks.kernel_cases import KernelCase, kernel_cases
+from benchmarks.kernel_case import KernelCase
+from benchmarks.kernel_cases import kernel_cases
 
 ROOT = Path(__file__).parents[3]
 

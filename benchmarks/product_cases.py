@@ -1,0 +1,144 @@
+"""The product kernel and those of mixtures as they are compiled for docs/kernels.md: every tile of `tables.py`."""
+
+from __future__ import annotations
+
+from benchmarks.kernel_case import ARCHITECTURES, KernelCase
+from llmserve.kernels.triton import gemm, moe, routing
+from llmserve.kernels.triton.products import partition_of
+from llmserve.kernels.triton.quantize import quantize_kernel
+from llmserve.kernels.triton.tables import GemmTiles, gemm_tiles
+
+_X = {"int8": "i8", "fp8": "fp8e4nv", "w4": "bf16", "dense": "bf16"}  # Triton's names of the activations' types
+_BITS = {"int8": 8, "fp8": 8, "w4": 4, "dense": 16}
+_PRODUCT_KB = 136  # of shared memory: four stages of the largest tile
+
+
+def _architectures(kind: str) -> tuple[str, ...]:
+    return ("sm_90", "sm_100") if kind == "fp8" else ARCHITECTURES
+
+
+def _types(kind: str) -> dict[str, str]:
+    return {
+        "x_ptr": f"*{_X[kind]}",
+        "w_ptr": "*u8" if kind == "w4" else f"*{_X[kind]}",
+        **dict.fromkeys(("x_scale_ptr", "parts_ptr"), "*fp32"),
+        "w_scale_ptr": "*fp16" if kind == "w4" else "*fp32",
+        "zeros_ptr": "*u8",
+        "bias_ptr": "*bf16",
+        "offsets_ptr": "*i32",
+        "out_ptr": "*bf16",
+        "num_rows": "i32",
+    }
+
+
+def _case(
+    name: str, kind: str, architecture: str, tile: GemmTiles, n: int, k: int, experts: int, split: bool, group: int
+) -> KernelCase:
+    types, depth = _types(kind), min(group, 128) if group else 128 // (_BITS[kind] // 8)
+    if tile.descriptors:
+        types["x_ptr"] = f"tensordesc<{_X[kind]}[{tile.rows},{depth}]>"
+        types["w_ptr"] = f"tensordesc<{_X[kind]}[{tile.columns},{depth}]>"
+    constants = {
+        "N": n,
+        "K": k,
+        "KIND": kind,
+        "GROUP": group or k,
+        "HAS_BIAS": False,
+        "NUM_EXPERTS": experts,
+        "EXPERTS": max(experts, 1),
+        "PARTITION": partition_of(n, k),
+        "SPLIT": split,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": depth,
+        "TOGETHER": 8,
+        "STAGES": tile.num_stages,
+        "DESCRIPTORS": tile.descriptors,
+    }
+    return KernelCase(
+        f"gemm {name} {tile.rows}x{tile.columns}{' split' if split else ''}",
+        gemm.gemm_kernel,
+        types,
+        constants,
+        num_warps=tile.num_warps,
+        max_registers=128 if tile.rows == 16 else 255,  # few rows: three programs at least, to keep loads on their way
+        max_shared_bytes=_PRODUCT_KB * 2**10,
+        wide_loads=group != 32,  # such a tile's lines are 16 bytes, of which a thread takes 8
+        matrix=True,
+        architectures=(architecture,),
+    )
+
+
+def _product(name: str, kind: str, n: int, k: int, experts: int = 0, group: int = 0) -> list[KernelCase]:
+    """With each architecture's tiles; the first, for few rows, also with partitions shared out."""
+    return [
+        _case(name, kind, architecture, tile, n, k, experts, split, group)
+        for architecture in _architectures(kind)
+        for index, tile in enumerate(gemm_tiles(architecture, _BITS[kind]))
+        for split in ((False, True) if index == 0 else (False,))
+    ]
+
+
+def _quantize(kind: str, k: int) -> KernelCase:
+    return KernelCase(
+        f"quantize {kind}",
+        quantize_kernel,
+        {"x_ptr": "*bf16", "out_ptr": f"*{_X[kind]}", "scale_ptr": "*fp32"},
+        {"SIZE": k, "BLOCK": 1 << (k - 1).bit_length(), "LARGEST": 127.0 if kind == "int8" else 448.0},
+        num_warps=8,
+        max_registers=64,
+        max_shared_bytes=16 * 2**10,
+        architectures=_architectures(kind),
+    )
+
+
+def _add_parts(name: str, n: int, k: int, experts: int) -> KernelCase:
+    parts = k // partition_of(n, k)
+    constants = {"N": n, "NUM_PARTS": parts, "IS_SCALED": True, "HAS_BIAS": False, "BLOCK": 256}
+    return KernelCase(
+        name,
+        gemm.add_parts_kernel,
+        _types("int8"),
+        constants | {"NUM_EXPERTS": experts, "EXPERTS": max(experts, 1)},
+        num_warps=2,
+        max_registers=128,
+        max_shared_bytes=8192,
+    )
+
+
+def _mixture(experts: int, top_k: int, hidden: int) -> list[KernelCase]:
+    """What stands around a mixture's products."""
+    floats = dict.fromkeys(("logits_ptr", "bias_ptr", "weights_ptr", "gate_ptr", "scale", "alpha", "limit"), "fp32")
+    types = {name: kind if name in ("scale", "alpha", "limit") else f"*{kind}" for name, kind in floats.items()}
+    types |= dict.fromkeys(("y_ptr", "shared_ptr", "out_ptr", "gate_up_ptr"), "*bf16")
+    types |= dict.fromkeys(("order_ptr", "source_ptr", "places_ptr", "offsets_ptr"), "*i64")
+    types |= {"ids_ptr": "*i32", "num_assignments": "i32"}
+    choose = {"NUM_EXPERTS": experts, "EXPERTS": experts, "TOP_K": top_k, "LANES": top_k}
+    choose |= {"SIGMOID": False, "RENORMALIZE": True, "HAS_BIAS": False}
+    combine = {"SIZE": hidden, "TOP_K": top_k, "HAS_SHARED": True, "HAS_GATE": True, "BLOCK": 1024}
+    sort = {"NUM_EXPERTS": experts, "TOP_K": top_k, "BLOCK": 1024}
+    swiglu = {"SIZE": hidden, "BLOCK": 1024}
+    return [
+        KernelCase("experts choose", routing.choose_kernel, types, choose, 1, 64, 1024, wide_loads=False),
+        KernelCase("experts sort", routing.sort_kernel, types, sort, 4, 96, 8192, wide_loads=False),
+        KernelCase("experts combine", moe.combine_kernel, types, combine, 4, 96, 1024),
+        KernelCase("experts clamped swiglu", moe.clamped_swiglu_kernel, types, swiglu, 4, 64, 1024),
+    ]
+
+
+def product_cases() -> list[KernelCase]:
+    """Llama-3.1-8B's output projection; a mixture's in the shapes of Qwen3-30B-A3B."""
+    return [
+        *_product("int8", "int8", 4096, 4096),
+        *_product("fp8", "fp8", 4096, 4096),
+        *_product("w4 g128", "w4", 4096, 4096, group=128),
+        *_product("w4 g32", "w4", 4096, 4096, group=32),
+        *_product("experts bf16", "dense", 1536, 2048, experts=128),
+        *_product("experts fp8", "fp8", 1536, 2048, experts=128),
+        *_product("experts w4 g128", "w4", 1536, 2048, experts=128, group=128),
+        _quantize("int8", 4096),
+        _quantize("fp8", 4096),
+        _add_parts("gemm add parts", 4096, 4096, 0),
+        _add_parts("gemm add parts experts", 1536, 2048, 128),
+        *_mixture(128, 8, 2048),
+    ]

@@ -1,0 +1,104 @@
+"""Quantised Hugging Face folders through the Triton kernels: kept in their few bits, and saying what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from llmserve.kernels.ops import AttentionMetadata, Ops
+from llmserve.kernels.reference import ReferenceOps
+from llmserve.models.config import read_model_config
+from llmserve.models.loader import load_model
+from llmserve.models.parameters import weight_bytes
+from llmserve.models.quantization import choose_formats, resolve_quantization
+from llmserve.models.weights import open_weights
+from tests.kernels.triton.triton_cases import DEVICE, triton_ops
+from tests.models.checkpoint_folders import build_folder
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> transformers.PreTrainedModel:
+    torch.manual_seed(1)
+    config = transformers.Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def run(folder: Path, ops: Ops, device: torch.device, quantization: str) -> tuple[torch.Tensor, int, int, set[str]]:
+    """Logits of a prompt; bytes of the weights, and what was planned; the formats of the matrices."""
+    config = read_model_config(folder)
+    source = open_weights(folder, config, ops.weight_formats)
+    resolved = resolve_quantization(
+        quantization, source.where, source.types.values(), ops.weight_formats, dtype_is_auto=True
+    )
+    formats = choose_formats(config, source.types, resolved, ops.weight_formats)
+    made = load_model(source, config, torch.float32, device, ops, formats, max_model_len=64)
+    caches = [ops.allocate_kv_cache(made.kv_cache_spec(16, torch.float32), 2, device)]
+    meta = AttentionMetadata(
+        query_start_loc=torch.tensor([0, TOKENS], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([TOKENS], dtype=torch.int32, device=device),
+        block_table=torch.tensor([[1]], dtype=torch.int32, device=device),
+        slot_mapping=torch.arange(16, 16 + TOKENS, device=device),
+        positions=torch.arange(TOKENS, device=device),
+        max_query_len=TOKENS,
+        max_seq_len=TOKENS,
+    )
+    with torch.inference_mode():
+        logits = made.compute_logits(made.forward(torch.arange(3, 3 + TOKENS, device=device), meta, caches))
+    planned = weight_bytes(
+        config,
+        4,
+        lambda matrix: ops.linear_bytes(
+            formats[matrix.name], matrix.out_features, matrix.in_features, torch.float32, matrix.has_bias
+        ),
+    )
+    return logits.cpu(), made.nbytes, planned, set(formats.values())
+
+
+@pytest.mark.parametrize(
+    ("case", "fmt", "tolerance"),
+    [
+        ("gptq", "w4a16_g32", 1e-4),
+        ("awq", "w4a16_g32", 1e-4),
+        ("gptq-channel", "w4a16", 1e-4),
+        ("w4a16-asym", "w4a16_g32", 1e-4),
+        ("gptq-act-order", "dense", 1e-4),
+        ("w8a8", "int8", 3e-2),
+        ("fp8-tensor", "fp8", 8e-2),
+    ],
+)
+def test_a_packed_folder_stays_packed_and_says_what_it_means(case, fmt, tolerance, model, tmp_path) -> None:
+    ops = triton_ops()
+    if fmt == "fp8" and fmt not in ops.weight_formats:
+        pytest.skip("this GPU has no fp8")
+    build_folder(case, tmp_path, model)
+    logits, taken, planned, formats = run(tmp_path, ops, DEVICE, "auto")
+    assert taken == planned
+    assert formats == {fmt, "dense"}  # the head is not packed
+    expected, dense_bytes, *_ = run(tmp_path, ReferenceOps(), torch.device("cpu"), "none")
+    assert (logits - expected).norm() / expected.norm() < tolerance
+    assert fmt == "dense" or taken < 0.6 * dense_bytes
+
+
+def test_fp8_of_any_weights_on_request(model, tmp_path) -> None:
+    ops = triton_ops()
+    if "fp8" not in ops.weight_formats:
+        pytest.skip("this GPU has no fp8")
+    model.save_pretrained(tmp_path)
+    logits, taken, planned, formats = run(tmp_path, ops, DEVICE, "fp8")
+    assert (taken, formats) == (planned, {"fp8"})
+    expected, *_ = run(tmp_path, ReferenceOps(), torch.device("cpu"), "none")
+    assert 0 < (logits - expected).norm() / expected.norm() < 8e-2
