@@ -1,33 +1,19 @@
 """Which waiting texts of a pooling model run together. Knows no model, no tensors, no tasks and no clock.
 
 A batch is packed: its cost is its tokens, whatever their lengths, so it is filled up to a token budget and nothing is
-sorted to save padding. What the order decides is who waits. A client's request of many texts is split, and its texts
-queue by self-clocked fair queueing (Golestani, 1994), counted in tokens: each is tagged with the tokens its request
-will have had by then, so that a request of one text, or of short ones, is not behind another's thousand. A text that
-has waited `max_wait_s` goes before all tags.
+sorted to save padding. What the order decides is who waits. Tenants share by start-time fair queueing (Goyal et al.,
+1996) over tokens and weights, whatever number of requests or texts they send; the texts of one tenant are in the order
+of its `TextQueue`. So neither a request of many texts nor a tenant of many requests stands before everybody else.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+
+from llmserve.scheduler.text_queue import QueuedText, TextQueue
 
 _LOOKAHEAD = 64  # texts of another kind that are stepped over for a batch
-
-
-@dataclass(slots=True)
-class QueuedText:
-    """What the batcher knows of a text. Only texts of equal `kind` share a batch."""
-
-    id: int
-    request_id: int  # whose it is: requests share the model
-    num_tokens: int
-    kind: Hashable = None
-    # set when it is queued
-    arrival_s: float = 0.0
-    tag: float = 0.0
+_MAX_TENANTS = 4096  # whose past is remembered after they have nothing left here
 
 
 class TextBatcher:
@@ -37,14 +23,14 @@ class TextBatcher:
     """
 
     def __init__(self, max_batch_tokens: int, max_batch_texts: int = 1024, max_wait_s: float = 1.0) -> None:
+        """A text that has waited `max_wait_s` is the next of its tenant."""
         self.max_batch_tokens = max_batch_tokens
         self._max_batch_texts = max_batch_texts
         self._max_wait_s = max_wait_s
-        self._queued: dict[int, QueuedText] = {}  # in order of arrival
-        self._by_tag: list[tuple[float, int]] = []  # a heap; entries whose tag is not the text's (any more) are void
-        self._last_tags: dict[int, float] = {}  # of the requests that have texts here
-        self._num_texts: dict[int, int] = {}  # of each request
-        self._virtual_time = 0.0  # the highest tag that has been served
+        self._queued: dict[int, QueuedText] = {}
+        self._queues: dict[str, TextQueue] = {}  # of the tenants that have texts here
+        self._starts: dict[str, float] = {}  # of those that have none now: where they would go on
+        self._virtual_time = 0.0  # the start of the last text that was served
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -56,86 +42,98 @@ class TextBatcher:
     def add(self, text: QueuedText, now_s: float) -> None:
         """Queues a text behind those of its own request."""
         text.arrival_s = now_s
-        text.tag = self._next_tag(text.request_id, text.num_tokens)
-        self._last_tags[text.request_id] = text.tag
-        self._num_texts[text.request_id] = self._num_texts.get(text.request_id, 0) + 1
         self._queued[text.id] = text
         self.num_tokens += text.num_tokens
-        heapq.heappush(self._by_tag, (text.tag, text.id))
+        self._enqueue(text)
 
-    def join(self, text_id: int, request_id: int) -> None:
+    def join(self, text_id: int, request_id: int, tenant: str = "", weight: float = 1.0) -> None:
         """Another request wants a text that waits here: it moves forward to where that request's own would stand.
         One that has left is left alone."""
         text = self._queued.get(text_id)
         if text is None:
             return
-        tag = self._next_tag(request_id, text.num_tokens)
-        if tag < text.tag:
-            text.tag = tag
-            heapq.heappush(self._by_tag, (tag, text_id))
+        if tenant == text.tenant:
+            self._queues[tenant].join(text, request_id)
+        elif self._start_of(tenant) < self._queues[text.tenant].start:
+            self._dequeue(text)
+            text.tenant, text.weight, text.request_id = tenant, weight, request_id
+            self._enqueue(text)
 
     def remove(self, text_id: int) -> bool:
         """Forgets a text that nobody waits for; False if it is not here (any more)."""
         text = self._queued.get(text_id)
         if text is not None:
-            self._take(text)
+            self._forget(text)
+            self._dequeue(text)
         return text is not None
 
     def drain(self) -> list[int]:
         """Takes every text out; their ids."""
         ids = list(self._queued)
-        for text in list(self._queued.values()):
-            self._take(text)
+        for text_id in ids:
+            self.remove(text_id)
         return ids
 
     def next_batch(self, now_s: float) -> list[QueuedText]:
         """The texts to run now, all of one kind, within the budget; one that is longer than the budget runs alone."""
         chosen: list[QueuedText] = []
         num_tokens = 0
-        stepped_over: list[tuple[float, int]] = []
-        while len(chosen) < self._max_batch_texts and len(stepped_over) <= _LOOKAHEAD:
-            text = self._first(now_s)
+        stepped_over: list[QueuedText] = []
+        tenants = [(queue.start, name) for name, queue in self._queues.items()]
+        heapq.heapify(tenants)
+        while tenants and len(chosen) < self._max_batch_texts and len(stepped_over) <= _LOOKAHEAD:
+            queue = self._queues[tenants[0][1]]
+            text = queue.first(now_s)
             if text is None:
+                heapq.heappop(tenants)
+            elif chosen and text.kind != chosen[0].kind:
+                stepped_over.append(text)
+                queue.step_over()
+            elif chosen and num_tokens + text.num_tokens > self.max_batch_tokens:
                 break
-            if chosen and text.kind != chosen[0].kind:
-                stepped_over.append((text.tag, text.id))
-                heapq.heappop(self._by_tag)
-                continue
-            if chosen and num_tokens + text.num_tokens > self.max_batch_tokens:
-                break
-            chosen.append(text)
-            num_tokens += text.num_tokens
-            self._virtual_time = max(self._virtual_time, text.tag)
-            self._take(text)
-        for entry in stepped_over:
-            heapq.heappush(self._by_tag, entry)
+            else:
+                chosen.append(text)
+                num_tokens += text.num_tokens
+                self._serve(queue, text)
+                heapq.heapreplace(tenants, (queue.start, text.tenant))
+        for text in stepped_over:
+            self._queues[text.tenant].put_back(text)
+        for text in chosen:
+            self._retire(text.tenant)
         return chosen
 
-    def _first(self, now_s: float) -> QueuedText | None:
-        """The oldest if it has waited long enough, else the one of the lowest tag; at the top of the heap then."""
-        if not self._queued:
-            return None
-        oldest = next(iter(self._queued.values()))
-        if now_s - oldest.arrival_s >= self._max_wait_s and oldest.tag > -math.inf:
-            oldest.tag = -math.inf  # before all others, but behind those that came here before it
-            heapq.heappush(self._by_tag, (oldest.tag, oldest.id))
-        while self._by_tag:
-            tag, text_id = self._by_tag[0]
-            text = self._queued.get(text_id)
-            if text is not None and text.tag == tag:
-                return text
-            heapq.heappop(self._by_tag)
-        return None
+    def _serve(self, queue: TextQueue, text: QueuedText) -> None:
+        self._virtual_time = max(self._virtual_time, queue.start)
+        queue.start += text.num_tokens / max(text.weight, 1e-6)
+        queue.serve(text)
+        self._forget(text)
 
-    def _next_tag(self, request_id: int, num_tokens: int) -> float:
-        return max(self._virtual_time, self._last_tags.get(request_id, 0.0)) + num_tokens
+    def _start_of(self, tenant: str) -> float:
+        queue = self._queues.get(tenant)
+        return queue.start if queue is not None else max(self._virtual_time, self._starts.get(tenant, 0.0))
 
-    def _take(self, text: QueuedText) -> None:
+    def _enqueue(self, text: QueuedText) -> None:
+        queue = self._queues.get(text.tenant)
+        if queue is None:
+            queue = TextQueue(self._max_wait_s)
+            queue.start = self._start_of(text.tenant)
+            self._queues[text.tenant] = queue
+        queue.add(text)
+
+    def _dequeue(self, text: QueuedText) -> None:
+        self._queues[text.tenant].take(text)
+        self._retire(text.tenant)
+
+    def _forget(self, text: QueuedText) -> None:
         del self._queued[text.id]
         self.num_tokens -= text.num_tokens
-        self._num_texts[text.request_id] -= 1
-        if not self._num_texts[text.request_id]:
-            del self._num_texts[text.request_id], self._last_tags[text.request_id]
-        if len(self._by_tag) > 4 * len(self._queued) + 256:  # mostly texts that have left
-            self._by_tag = [entry for entry in self._by_tag if entry[1] in self._queued]
-            heapq.heapify(self._by_tag)
+
+    def _retire(self, tenant: str) -> None:
+        """One that has nothing here is remembered only for what it has had beyond its turn."""
+        queue = self._queues.get(tenant)
+        if queue is None or queue:
+            return
+        del self._queues[tenant]
+        self._starts[tenant] = queue.start
+        if len(self._starts) > _MAX_TENANTS:
+            self._starts = {name: start for name, start in self._starts.items() if start > self._virtual_time}

@@ -14,6 +14,7 @@ from llmserve.backends.pooling_tokenizer import EncodedText
 from llmserve.errors import LLMServeError
 from llmserve.general_metrics import ExecutionTimes
 from llmserve.pooling_metrics import PoolingTimes
+from llmserve.request_context import EVERYONE, Tenant
 
 FloatArray = npt.NDArray[np.float32]
 PoolingTask = Literal["embed", "token_embed", "classify"]
@@ -32,8 +33,9 @@ class Pooled:
 class PoolingJob:
     """The texts of one request, in the client's order, and what has been answered of them."""
 
-    def __init__(self, id_: int, num_texts: int) -> None:
+    def __init__(self, id_: int, num_texts: int, tenant: Tenant = EVERYONE) -> None:
         self.id = id_
+        self.tenant = tenant
         self.rows: list[FloatArray | None] = [None] * num_texts
         self.num_tokens: list[int] = []
         self.pending: set[int] = set()  # ids of its texts that are not answered
@@ -96,4 +98,4 @@ class SharedText:
     task: PoolingTask
     waiters: list[tuple[PoolingJob, int, int]] = field(default_factory=list)  # job, position in it, arrival in ns
     is_running: bool = False  # an instance has it
-    was_lost: bool = False  # once, with its instance: a second time it is not tried again
+    num_losses: int = 0  # times an instance died that had it

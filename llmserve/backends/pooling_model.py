@@ -198,7 +198,7 @@ class PoolingModel:
         method = self.metrics.count_request(len(inputs))
         self._statistics.pending += 1
         self._num_jobs += 1
-        job = PoolingJob(self._num_jobs, len(inputs))
+        job = PoolingJob(self._num_jobs, len(inputs), current_request().tenant)
         failure = FailureReason.CANCELED  # unless something else ends it
         try:
             self._admit(len(inputs))

@@ -1,6 +1,7 @@
 """The texts that one pooling model has in flight: queued, batched, computed, shared by requests. Knows no tokenizer.
 
-Equal texts are computed once. An instance that dies gives its texts back once: another computes them.
+Equal texts are computed once. An instance that dies gives its texts back, and each of them is computed alone then: one
+that ends another instance alone fails, and takes nobody with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from llmserve.backends.pooling_tokenizer import EncodedText
 from llmserve.errors import LLMServeError, ModelExecutionError, NotReadyError
 from llmserve.general_metrics import ExecutionTimes, ModelStatistics
 from llmserve.pooling_metrics import PoolingMetrics
-from llmserve.scheduler.text_batcher import QueuedText, TextBatcher
+from llmserve.scheduler.text_batcher import TextBatcher
+from llmserve.scheduler.text_queue import QueuedText
 
 _NUM_EXPLAINED = 64
 
@@ -62,6 +64,7 @@ class TextsInFlight:
         self._statistics = statistics
         self._metrics = metrics
         self._free: list[Instance] = []
+        self._lost: set[Instance] = set()  # they have died, and are not back yet
         self._texts: dict[int, SharedText] = {}
         self._by_key: dict[Any, SharedText] = {}
         self._running: dict[int, _Running] = {}
@@ -92,7 +95,7 @@ class TextsInFlight:
             self._texts[text.id] = text
             self._queue(text, job)
         else:
-            self.batcher.join(text.id, job.id)
+            self.batcher.join(text.id, job.id, job.tenant.name, job.tenant.weight)
         text.waiters.append((job, position, time.monotonic_ns()))
         job.pending.add(text.id)
 
@@ -141,36 +144,47 @@ class TextsInFlight:
 
     def on_ready(self, instance: Instance) -> None:
         """An instance has been restarted."""
+        self._lost.discard(instance)
         self._free.append(instance)
         self._dispatch()
 
     def on_lost(self, instance: Instance, error: LLMServeError) -> None:
-        """An instance has died. What it had is computed by another, but not a third time: it may be what killed it."""
+        """An instance has died, or could not be started again after it had. Texts wait for one that only died, be it
+        the second in a row; for one that cannot be started nobody waits."""
+        could_not_start = instance in self._lost
+        self._lost.add(instance)
         if instance in self._free:
             self._free.remove(instance)
-        lost: list[SharedText] = []
         for batch_id in [batch_id for batch_id, batch in self._running.items() if batch.instance is instance]:
-            lost += self._running.pop(batch_id).texts
-        again = [text for text in lost if not text.was_lost]
-        self._fail([text for text in lost if text.was_lost], error)
-        for text in again:
-            if not text.waiters:
-                self._forget(text)
-            else:
-                text.was_lost, text.is_running = True, False
-                self._queue(text, text.waiters[0][0])
-        if not self.may_serve_soon():
+            self._give_back(self._running.pop(batch_id).texts, error)
+        if could_not_start and not self.may_serve_soon():
             self.fail_all(NotReadyError(f"Model {self._name!r} is not ready: {error.message}"))
         self._dispatch()
 
     # Inside.
+
+    def _give_back(self, texts: Sequence[SharedText], error: LLMServeError) -> None:
+        """Their instance has died of one of them, or of something else. Who was alone in it and has been in another
+        death is not tried again."""
+        for text in texts:
+            text.num_losses += 1
+            text.is_running = False
+            if not text.waiters:
+                self._forget(text)
+            elif text.num_losses > 1 and len(texts) == 1:
+                self._fail(texts, error)
+            else:
+                self._queue(text, text.waiters[0][0])
 
     def _new_id(self) -> int:
         self._num_made += 1
         return self._num_made
 
     def _queue(self, text: SharedText, job: PoolingJob) -> None:
-        self.batcher.add(QueuedText(text.id, job.id, len(text.encoded.token_ids), text.task), time.monotonic())
+        kind = (text.task, text.id) if text.num_losses else text.task  # after a loss alone
+        tenant = job.tenant
+        queued = QueuedText(text.id, job.id, len(text.encoded.token_ids), kind, tenant.name, tenant.weight)
+        self.batcher.add(queued, time.monotonic())
         self._show_queue()
         if not self._dispatching:
             self._dispatching = True  # once for all that come in the same turn of the loop

@@ -7,7 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.scheduler.text_batcher import QueuedText, TextBatcher
+from llmserve.scheduler.text_batcher import TextBatcher
+from llmserve.scheduler.text_queue import QueuedText
 
 
 def ids(batch: list[QueuedText]) -> list[int]:
@@ -89,6 +90,62 @@ def test_a_text_that_a_second_request_wants_moves_forward() -> None:
     assert len(batcher) == 98
 
 
+def served(batcher: TextBatcher, num_batches: int) -> dict[str, int]:
+    """Tokens by tenant."""
+    tokens: dict[str, int] = {}
+    for number in range(num_batches):
+        for text in batcher.next_batch(float(number)):
+            tokens[text.tenant] = tokens.get(text.tenant, 0) + text.num_tokens
+    return tokens
+
+
+def test_a_tenant_of_many_requests_gets_no_more_than_one_of_few() -> None:
+    batcher = TextBatcher(100)
+    for number in range(1000):  # a request each
+        batcher.add(QueuedText(number, number, 10, tenant="flood"), 0.0)
+    for number in range(100):
+        batcher.add(QueuedText(5000 + number, 5000, 10, tenant="quiet"), 0.0)
+    assert served(batcher, 10) == {"flood": 500, "quiet": 500}
+
+
+def test_a_flood_that_has_waited_long_does_not_go_before_another_tenant() -> None:
+    batcher = TextBatcher(100, max_wait_s=1.0)
+    for number in range(1000):
+        batcher.add(QueuedText(number, number, 10, tenant="flood"), 0.0)
+    served(batcher, 3)
+    batcher.add(QueuedText(5000, 5000, 10, tenant="quiet"), 50.0)
+    assert 5000 in ids(batcher.next_batch(50.0))
+
+
+def test_tokens_follow_the_weights() -> None:
+    batcher = TextBatcher(100)
+    for number in range(500):
+        batcher.add(QueuedText(number, number, 10, tenant="one", weight=1.0), 0.0)
+        batcher.add(QueuedText(1000 + number, number, 10, tenant="three", weight=3.0), 0.0)
+    tokens = served(batcher, 12)
+    assert abs(tokens["three"] - 3 * tokens["one"]) <= 40
+
+
+def test_who_was_idle_has_saved_nothing_up() -> None:
+    batcher = TextBatcher(100)
+    for number in range(100):
+        batcher.add(QueuedText(number, 1, 10, tenant="busy"), 0.0)
+    served(batcher, 5)
+    for number in range(100):
+        batcher.add(QueuedText(1000 + number, 2, 10, tenant="late"), 5.0)
+    tokens = served(batcher, 4)
+    assert abs(tokens["late"] - tokens["busy"]) <= 20
+
+
+def test_a_text_that_another_tenant_wants_too_comes_in_its_turn() -> None:
+    batcher = TextBatcher(20)
+    for number in range(100):
+        batcher.add(QueuedText(number, number, 10, tenant="flood"), 0.0)
+    served(batcher, 5)
+    batcher.join(99, 7, "quiet")
+    assert 99 in ids(batcher.next_batch(0.0))
+
+
 def test_a_removed_text_is_not_run() -> None:
     batcher = filled((1, 1, 10), (2, 1, 10), (3, 2, 10))
     assert batcher.remove(1)
@@ -109,7 +166,8 @@ def test_every_text_runs_once_unless_it_was_removed(seed: int) -> None:
         action = source.random()
         if action < 0.5:
             num_tokens = source.randint(1, 150)
-            text = QueuedText(next_id, source.randint(0, 4), num_tokens, source.choice(["a", "b"]))
+            request, kind, tenant = source.randint(0, 4), source.choice(["a", "b"]), source.choice(["", "x", "y"])
+            text = QueuedText(next_id, request, num_tokens, kind, tenant, source.choice([0.5, 1.0, 3.0]))
             batcher.add(text, now_s)
             waiting[next_id] = num_tokens
             next_id += 1
@@ -118,7 +176,7 @@ def test_every_text_runs_once_unless_it_was_removed(seed: int) -> None:
             assert batcher.remove(gone)
             del waiting[gone]
         elif action < 0.7 and waiting:
-            batcher.join(source.choice(list(waiting)), source.randint(0, 4))
+            batcher.join(source.choice(list(waiting)), source.randint(0, 4), source.choice(["", "x", "y"]))
         else:
             batch = batcher.next_batch(now_s)
             assert bool(batch) == bool(waiting)
