@@ -16,11 +16,6 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     code = "unsupported_media_type"
 
 
-async def read_json_object(request: Request, max_body_bytes: int) -> dict[str, Any]:
-    """The body as a dict. Raises UnsupportedMediaTypeError, RequestTooLargeError, InvalidRequestError."""
-    return decode_object(await read_json_body(request, max_body_bytes))
-
-
 async def read_json_body(request: Request, max_body_bytes: int) -> bytes:
     """The body, not looked at yet. Raises UnsupportedMediaTypeError, RequestTooLargeError."""
     content_type = request.headers.get("content-type", "")

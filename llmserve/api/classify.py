@@ -12,13 +12,12 @@ from llmserve.api.context import ApiContext, json_response
 from llmserve.api.embeddings import usage
 from llmserve.api.pooling_call import check_count, run, use_model
 from llmserve.api.pooling_protocol import ClassifyRequest
-from llmserve.api.validation import parse_request
 from llmserve.backends.vectors import activate
 
 
 async def classify(http_request: Request, context: ApiContext) -> Response:
     """Answers one request. A reranker is a classifier of one label."""
-    request = parse_request(ClassifyRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, ClassifyRequest)
     check_count(len(request.input), context, "input")
     with use_model(context, request.model, ["classify", "score"]) as model:
         special = request.add_special_tokens is not False

@@ -13,7 +13,6 @@ from llmserve.api.context import ApiContext, json_response
 from llmserve.api.embeddings import embed
 from llmserve.api.pooling_call import check_count, run, use_model
 from llmserve.api.pooling_protocol import CohereEmbedRequest, EmbeddingOptions
-from llmserve.api.validation import parse_request
 from llmserve.api.vector_format import VectorFormat, check_format, write_vectors
 from llmserve.backends.pooling_tokenizer import Truncation
 from llmserve.errors import InvalidRequestError
@@ -21,7 +20,7 @@ from llmserve.errors import InvalidRequestError
 
 async def cohere_embed(http_request: Request, context: ApiContext) -> Response:
     """Answers one request."""
-    request = parse_request(CohereEmbedRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, CohereEmbedRequest)
     texts = _texts(request)
     check_count(len(texts), context, "texts")
     with use_model(context, request.model, ["embed"]) as model:

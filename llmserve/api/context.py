@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llmserve.api.body import decode_object, read_json_body, read_json_object
+from llmserve.api.body import decode_object, read_json_body
 from llmserve.api.directory import ModelDirectory, PoolingDirectory
 from llmserve.api.resume import ResumableStreams
 from llmserve.api.settings import ApiSettings
@@ -22,6 +22,7 @@ from llmserve.metrics import Metrics
 from llmserve.pooling_config import Kind
 from llmserve.repository.data_plane import DataPlane
 
+Parsed = TypeVar("Parsed")
 _USES: Mapping[Kind, str] = {
     "embed": "/v1/embeddings, /rerank and /score",
     "score": "/rerank and /score",
@@ -40,19 +41,17 @@ class ApiContext:
     plane: DataPlane | None = None  # general models, where they are served
     streams: ResumableStreams = field(default_factory=lambda: ResumableStreams(0.0))
 
-    async def read_json(self, request: Request) -> dict[str, Any]:
-        """The body as a JSON object. Raises InvalidRequestError."""
-        return await read_json_object(request, self.settings.max_body_bytes)
-
     async def read_request(self, request: Request, model: type[RequestModel]) -> RequestModel:
-        """The body as `model`. A large one is checked in a thread: it takes up to a second, and streams want to flow.
+        """The body as `model`. Raises InvalidRequestError."""
+        return await self.read_body(request, lambda body: parse_request(model, body))
 
-        Raises InvalidRequestError.
-        """
+    async def read_body(self, request: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+        """What `parse` makes of the body, a JSON object. A large one is read in a thread: that takes up to a second,
+        and streams want to flow. Raises InvalidRequestError, and what `parse` raises."""
         body = await read_json_body(request, self.settings.max_body_bytes)
         if len(body) <= self.settings.inline_parse_bytes:
-            return parse_request(model, decode_object(body))
-        return await asyncio.to_thread(lambda: parse_request(model, decode_object(body)))
+            return parse(decode_object(body))
+        return await asyncio.to_thread(lambda: parse(decode_object(body)))
 
     def generator(self, name: str | None) -> TextGenerator:
         """The model a request means. Raises InvalidRequestError, ModelNotFoundError."""

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from llmserve.api.context import ApiContext, json_response
 from llmserve.api.pooling_call import ANY, check_count, prompt_of, run, use_model, with_prompt
 from llmserve.api.pooling_protocol import EmbeddingOptions, EmbeddingsRequest, PoolingTaskRequest
-from llmserve.api.validation import parse_request
 from llmserve.api.vector_format import VectorFormat, check_format, write_vectors
 from llmserve.backends.pooling_job import Pooled, PoolingTask
 from llmserve.backends.pooling_model import PoolingModel
@@ -59,7 +58,7 @@ async def embed(
 
 async def embeddings(http_request: Request, context: ApiContext) -> Response:
     """OpenAI's, with the fields of vLLM, infinity and Jina."""
-    request = parse_request(EmbeddingsRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, EmbeddingsRequest)
     check_count(len(request.input), context, "input")
     with use_model(context, request.model, ["embed"]) as model:
         form: VectorFormat = request.embedding_type or request.encoding_format or "float"
@@ -81,7 +80,7 @@ async def embeddings(http_request: Request, context: ApiContext) -> Response:
 
 async def pooling(http_request: Request, context: ApiContext) -> Response:
     """vLLM's: whatever the model makes of a text, or of each of its tokens."""
-    request = parse_request(PoolingTaskRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, PoolingTaskRequest)
     check_count(len(request.input), context, "input")
     with use_model(context, request.model, ANY) as model:
         task = _task(request, model)

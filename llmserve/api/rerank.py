@@ -19,7 +19,6 @@ from llmserve.api.pooling_protocol import RerankRequest
 from llmserve.api.query_likelihood import query_likelihoods
 from llmserve.api.score_pairs import PairOptions, PairScores, score_pairs
 from llmserve.api.tei_headers import tei_headers
-from llmserve.api.validation import parse_request
 from llmserve.errors import InvalidRequestError
 
 Dialect = Literal["tei", "mixedbread", "voyage", "cohere"]
@@ -27,7 +26,7 @@ Dialect = Literal["tei", "mixedbread", "voyage", "cohere"]
 
 async def rerank(http_request: Request, context: ApiContext, version: int) -> Response:
     """Scores every document and sorts them, the best first. `version` is that of the route, as Cohere counts."""
-    request = parse_request(RerankRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, RerankRequest)
     dialect, documents, param = _documents(request)
     check_count(len(documents), context, param)
     options = PairOptions(

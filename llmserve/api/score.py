@@ -13,7 +13,6 @@ from llmserve.api.pooling_call import check_count
 from llmserve.api.pooling_protocol import ScoreRequest
 from llmserve.api.rerank import score_with
 from llmserve.api.score_pairs import PairOptions
-from llmserve.api.validation import parse_request
 from llmserve.errors import InvalidRequestError
 
 _NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
@@ -21,7 +20,7 @@ _NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), 
 
 async def score(http_request: Request, context: ApiContext) -> Response:
     """One with many, or as many with as many."""
-    request = parse_request(ScoreRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, ScoreRequest)
     queries, documents, param = _pairs(request)
     check_count(len(documents), context, param)
     options = PairOptions(

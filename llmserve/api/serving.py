@@ -78,5 +78,6 @@ def run_stream(
         raise StreamGoneError("This server keeps no streams to continue. Start it with --resume-window-s 30.")
     if not key or not streams.window_s:
         return respond(start, encoder)
+    fingerprint = http_request.url.path.encode() + b"\n" + fingerprint
     reader = streams.open(key, last_event_id, fingerprint, start, encoder)
     return respond(lambda: reader, AsItStands())

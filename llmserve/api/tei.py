@@ -23,7 +23,6 @@ from llmserve.api.pooling_protocol import (
     TeiSimilarityRequest,
 )
 from llmserve.api.tei_headers import tei_headers
-from llmserve.api.validation import parse_request
 from llmserve.api.vector_format import write_vectors
 from llmserve.backends.pooling_model import PoolingModel
 from llmserve.backends.pooling_tokenizer import PoolingInput, TextPair
@@ -66,7 +65,7 @@ async def tei_embed_all(http_request: Request, context: ApiContext) -> Response:
 
 
 async def _embed(http_request: Request, context: ApiContext, *, all_tokens: bool) -> Response:
-    request = parse_request(TeiEmbedRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, TeiEmbedRequest)
     check_count(len(request.inputs), context, "inputs")
     with use_model(context, request.model, ["embed"]) as model:
         options = request if all_tokens or request.unit is not None else request.model_copy(update={"normalize": True})
@@ -80,7 +79,7 @@ async def _embed(http_request: Request, context: ApiContext, *, all_tokens: bool
 @in_tei_words
 async def tei_predict(http_request: Request, context: ApiContext) -> Response:
     """POST /predict: every label of a text or of a pair of texts, the likeliest first."""
-    request = parse_request(TeiPredictRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, TeiPredictRequest)
     check_count(len(request.inputs), context, "inputs")
     is_single = all(isinstance(row, str) for row in request.inputs)
     flat = [row for row in request.inputs if isinstance(row, str)]
@@ -102,7 +101,7 @@ def _predictions(row: FloatArray, model: PoolingModel, raw: bool) -> list[dict[s
 @in_tei_words
 async def tei_similarity(http_request: Request, context: ApiContext) -> Response:
     """POST /similarity: how near each sentence is to the source sentence."""
-    request = parse_request(TeiSimilarityRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, TeiSimilarityRequest)
     texts = [request.inputs.source_sentence, *request.inputs.sentences]
     check_count(len(texts), context, "inputs.sentences")
     with use_model(context, request.model, ["embed"]) as model:

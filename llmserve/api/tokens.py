@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,17 +17,11 @@ from llmserve.errors import InvalidRequestError
 
 async def tokenize(http_request: Request, context: ApiContext) -> Response:
     """The token ids of a `prompt` or of `messages`, and the context they have to fit."""
-    body = await context.read_json(http_request)
-    if ("messages" in body) == ("prompt" in body):
-        raise InvalidRequestError("Give either 'prompt' or 'messages'.", "prompt")
-    request: TokenizeTextRequest | TokenizeChatRequest
-    if "messages" in body:
-        request = parse_request(TokenizeChatRequest, body)
-        generator = context.generator(request.model)
+    request = await context.read_body(http_request, _read)
+    generator = context.generator(request.model)
+    if isinstance(request, TokenizeChatRequest):
         token_ids = await tokenize_chat(request, request.add_special_tokens, generator, context.settings)
     else:
-        request = parse_request(TokenizeTextRequest, body)
-        generator = context.generator(request.model)
         add_special_tokens = request.add_special_tokens is not False
         token_ids = await tokenize_text(request.prompt, add_special_tokens, generator, context.settings)
     tokenizer = generator.tokenizer
@@ -39,9 +35,15 @@ async def tokenize(http_request: Request, context: ApiContext) -> Response:
     )
 
 
+def _read(body: dict[str, Any]) -> TokenizeTextRequest | TokenizeChatRequest:
+    if ("messages" in body) == ("prompt" in body):
+        raise InvalidRequestError("Give either 'prompt' or 'messages'.", "prompt")
+    return parse_request(TokenizeChatRequest, body) if "messages" in body else parse_request(TokenizeTextRequest, body)
+
+
 async def detokenize(http_request: Request, context: ApiContext) -> Response:
     """The text of token ids, special tokens included."""
-    request = parse_request(DetokenizeRequest, await context.read_json(http_request))
+    request = await context.read_request(http_request, DetokenizeRequest)
     generator = context.generator(request.model)
     check_token_ids(request.tokens, generator, "tokens")
     return json_response({"prompt": generator.tokenizer.decode(request.tokens, skip_special_tokens=False)})

@@ -18,6 +18,8 @@ IsNeutral = Callable[[Any], bool]
 
 _SUBJECT = re.compile(r"^\w+ should")  # pydantic begins with "Input", "String", "List": here the field is the subject
 
+_COUNTED = re.compile(r" after validation, not \d+$")  # what there is is shown anyway
+
 
 def _one_of(*values: Any) -> IsNeutral:
     return lambda value: any(type(value) is type(neutral) and value == neutral for neutral in values)
@@ -127,7 +129,7 @@ def _explain(detail: ErrorDetails, body: dict[str, Any], model: type[BaseModel])
         return InvalidRequestError(_unknown(param, list(_fields_beside(model, path))), param)
     if kind == "value_error":
         return InvalidRequestError(f"{param!r} {detail['ctx']['error']}.", param)
-    reason = _SUBJECT.sub("should", detail["msg"])
+    reason = _COUNTED.sub("", _SUBJECT.sub("should", detail["msg"]))
     return InvalidRequestError(f"{param!r} {reason}; it is {_shown(detail['input'])}.", param)
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", help="default: LLMSERVE_API_KEY or OPENAI_API_KEY from the environment")
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--temperature", type=float, help="default: the model's")
-    parser.add_argument("--max-tokens", type=int, help="of one answer (default: the server's)")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of one answer (default: 1024)")
     parser.add_argument("--message", help="say this, print the answer and leave; so does text from a pipe")
 
 

@@ -97,7 +97,7 @@ SHARED = [
     ({"zzz": None}, "zzz", "unknown"),
 ]
 CHAT_ONLY = [
-    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": []}, "messages", "should have at least 1 item; it is []."),
     ({"messages": "Hi"}, "messages", "list"),
     ({"messages": ["Hi"]}, "messages.0", "dictionary"),
     (message(role="user"), "messages.0.content", "required"),

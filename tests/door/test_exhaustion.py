@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
+from llmserve.api import context
 from llmserve.api.settings import ApiSettings
 from tests.door.conftest import ASK, ServeGuarded
+
+
+@pytest.mark.parametrize(
+    "path", ["/tokenize", "/detokenize", "/v1/embeddings", "/rerank", "/classify", "/v1/completions"]
+)
+def test_large_bodies_of_every_route_are_read_beside_the_loop(
+    serve_guarded: ServeGuarded, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Or the streams would stand still meanwhile."""
+    served = serve_guarded(settings=ApiSettings(inline_parse_bytes=4096))
+    threads: list[str] = []
+    decode = context.decode_object
+
+    def decode_object(body: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return decode(body)
+
+    monkeypatch.setattr(context, "decode_object", decode_object)
+    with served.client() as client:
+        for size in (10, 8192):
+            client.post(path, json={"prompt": "x" * size})
+    assert len(threads) == 2
+    assert threads[0] != threads[1]
+    assert threads[1].startswith("asyncio")
 
 
 def test_without_another_thread_small_requests_go_on_and_large_ones_say_so(

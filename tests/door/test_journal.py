@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -156,6 +161,49 @@ def test_spans_carry_the_conventions_names_and_the_callers_trace() -> None:
     assert {name: span.attributes[name] for name in expected} == expected
 
 
-def test_traces_without_the_extra_are_refused_with_what_to_install() -> None:
+class Collector(BaseHTTPRequestHandler):
+    """Takes what OTLP over HTTP brings."""
+
+    received: ClassVar[list[tuple[str, str, bytes]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.received.append((self.path, self.headers["content-type"], body))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_spans_reach_a_collector_over_otlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        entrance = Entrance(DoorConfig(otel=True))
+        context = finished()
+        entrance._begin(context, TRACEPARENT)
+        entrance._end(context)
+        entrance.close()  # sends what is left
+        collector.shutdown()
+    [(path, content_type, body)] = Collector.received
+    assert (path, content_type) == ("/v1/traces", "application/x-protobuf")
+    [resource] = ExportTraceServiceRequest.FromString(body).resource_spans
+    assert "llmserve" in {attribute.value.string_value for attribute in resource.resource.attributes}
+    [span] = resource.scope_spans[0].spans
+    assert span.name == "chat m"
+    assert span.trace_id.hex() == "4bf92f3577b34da6a3ce929d0e0e4736"
+    values = {attribute.key: attribute.value for attribute in span.attributes}
+    assert values["gen_ai.usage.output_tokens"].int_value == 22
+
+
+def test_traces_without_the_extra_are_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ConfigError, match=r"llmserve\[otel\]"):
         Entrance(DoorConfig(otel=True))
