@@ -3,8 +3,8 @@
     python -m benchmarks.chaos --minutes 10
 
 Clients stream with the `openai` package; some of them vanish. Meanwhile, every few seconds, the engine is killed,
-stopped for good, held up for a while, or the model is reloaded. At the end every stream that stayed connected must have
-had exactly its tokens, and the server must hold no more than before. Exit status 1 if not.
+stopped for good, held up for a while or denied any more memory, or the model is reloaded. At the end every stream that
+stayed connected must have had exactly its tokens, and the server must hold no more than before. Exit status 1 if not.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": "She said:", "temperature": 1.0, "seed": 5, "stop": [" the end of it"], "extra_body": IGNORE_EOS},
     {"prompt": " ".join(["and so on"] * 60), "temperature": 0.9, "seed": 6, "extra_body": IGNORE_EOS},
 )
-_HARM = ("killed", "stopped", "held up", "reloaded", "standby killed")
-_HARM_WEIGHTS = (5, 2, 2, 1, 1)
+_HARM = ("killed", "stopped", "held up", "starved", "reloaded", "standby killed")
+_HARM_WEIGHTS = (5, 2, 2, 3, 1, 1)
+_SPARE_BYTES = 2**16  # that a starved engine may still take: soon it needs more
 Answer = dict[int, tuple[list[int], str, list[float], str | None]]  # by choice: tokens, text, log-probs, finish reason
 
 
@@ -264,6 +265,9 @@ class Chaos:
             engine.send_signal(signal.SIGSTOP)
             await asyncio.sleep(source.uniform(0.1, 0.7) * STALL_TIMEOUT_S)
             engine.send_signal(signal.SIGCONT)
+        elif what == "starved":
+            limit = engine.memory_info().vms + _SPARE_BYTES
+            engine.rlimit(psutil.RLIMIT_AS, (limit, limit))
         elif what == "standby killed":
             for standby in self._server.standbys():
                 standby.kill()

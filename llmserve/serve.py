@@ -22,6 +22,7 @@ from rich.console import Console
 
 from llmserve.api.app import create_app
 from llmserve.api.entrance import Entrance
+from llmserve.api.http_server import raise_file_limit
 from llmserve.api.settings import ApiSettings
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
@@ -47,6 +48,7 @@ def serve(config: ServeConfig) -> int:
         level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     display = StartupDisplay(Console(stderr=True))
+    raise_file_limit()
     listener = _listen(config.server.host, config.server.port)
     with listener:
         return uvloop.run(_Server(config, listener, display).run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def http_config(
     if tls is not None:
         config.ssl = tls.context
     return config
+
+
+def raise_file_limit() -> None:
+    """To what the process may have: the customary 1024 is for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS calls more unlimited than it allows
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connection_limits(door: DoorConfig) -> ConnectionLimits:

@@ -21,7 +21,7 @@ import zmq.asyncio
 from llmserve import errors
 from llmserve.config import EngineConfig
 from llmserve.engine.flight_recorder import FlightRecorder
-from llmserve.engine.launch import FAILED_STATUS, EngineLaunch
+from llmserve.engine.launch import FAILED_STATUS, OUT_OF_MEMORY_STATUS, EngineLaunch
 from llmserve.engine.processes import EngineProcesses
 from llmserve.errors import EngineDeadError, LLMServeError
 from llmserve.messages import (
@@ -238,7 +238,7 @@ class EngineClient:
         status = await process.wait()
         if self.state is EngineState.DRAINING:
             return
-        if status == FAILED_STATUS:
+        if status in (FAILED_STATUS, OUT_OF_MEMORY_STATUS):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._last_words.wait(), 1.0)
         self._die(

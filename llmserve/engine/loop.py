@@ -20,7 +20,7 @@ import zmq
 
 from llmserve.engine.core import EngineCore
 from llmserve.engine.flight_recorder import FlightRecorder
-from llmserve.engine.launch import FAILED_STATUS, HEARTBEAT_S, PROCESS_NAME, EngineLaunch
+from llmserve.engine.launch import FAILED_STATUS, HEARTBEAT_S, OUT_OF_MEMORY_STATUS, PROCESS_NAME, EngineLaunch
 from llmserve.errors import LLMServeError
 from llmserve.messages import (
     AbortRequests,
@@ -39,6 +39,7 @@ from llmserve.messages import (
 logger = logging.getLogger(__name__)
 
 _MESSAGES_A_STEP = 64
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "can't start new thread", "CUDA out of memory")
 Send = Callable[[FromEngine], None]
 # (what it was told at start, how it talks to the server, where it notes its steps) -> the core, loaded
 BuildCore = Callable[[EngineLaunch, Send, FlightRecorder], tuple[EngineCore, EngineReady]]
@@ -103,8 +104,8 @@ class EngineLoop:
 def run_engine(build: BuildCore) -> int:
     """The life of an engine process, told by an EngineLaunch as JSON on standard input what to do.
 
-    Exit status 0 after a Shutdown, or if the server is gone and has told it nothing; FAILED_STATUS after an
-    EngineFailed.
+    Exit status 0 after a Shutdown, or if the server is gone and has told it nothing; FAILED_STATUS, or
+    OUT_OF_MEMORY_STATUS, after an EngineFailed.
     """
     told = sys.stdin.buffer.read()
     if not told:
@@ -135,12 +136,23 @@ def run_engine(build: BuildCore) -> int:
         send(EngineFailed(error.code, error.message))
         return FAILED_STATUS
     except Exception as error:
+        if is_out_of_memory(error):
+            logger.error("the engine is out of memory: %s", error)
+            send(EngineFailed("engine_dead", f"It is out of memory: {error}"))
+            return OUT_OF_MEMORY_STATUS
         logger.exception("the engine failed")
         send(EngineFailed("engine_dead", f"{type(error).__name__}: {error}"))
         return FAILED_STATUS
     finally:
         context.destroy(linger=2000)  # the last words are read, if anyone is left to read them
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's own error, and torch's: one class on a GPU, on a CPU one among many that only its text tells apart."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, OSError | RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def _name_process() -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterable
 
 from llmserve.config import EngineConfig
 from llmserve.engine.client import EngineClient, EngineState
 from llmserve.engine.in_flight import InFlightRequests
+from llmserve.engine.launch import died_of_its_step
 from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.stall_guard import StallGuard
 from llmserve.engine.supervision import EngineEvents, Nobody, Phase, SupervisionSettings
@@ -34,7 +34,6 @@ from llmserve.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
 
-_CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
 _MAX_DOUBLINGS = 32  # of the pause between two starts: far beyond any limit, and still a float
 _MAX_EXPLAINED_FAILURES = 3  # starts that the engine itself says cannot work: then nobody is kept waiting any longer
 
@@ -267,8 +266,7 @@ class EngineSupervisor:
         guard.end()
         self.phase, self._problem = Phase.RESTARTING, error.message
         await engine.shutdown(drain=False, timeout_s=0.0)
-        status = engine.exit_status or 0
-        for_certain = status > 0 or status in _CRASHES
+        for_certain = died_of_its_step(engine.exit_status or 0)
         executing = [] if guard.was_stopped else engine.executing
         logger.error(
             "%s: %s %d requests were in flight, %d of them in the step in progress. Starting another engine.",

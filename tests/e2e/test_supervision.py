@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 MODEL = "smollm2-135m-instruct"
@@ -36,10 +39,36 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Callable[..., Any], smollm2_path: Path) -> Any:
-    server = start_server("--kv-cache-memory", "128MiB", "--stall-timeout-s", "1.5")
+def request_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Callable[..., Any], smollm2_path: Path, request_log: Path) -> Any:
+    flags = ("--kv-cache-memory", "128MiB", "--stall-timeout-s", "1.5", "--request-log", str(request_log))
+    server = start_server(*flags)
     assert server.url, server.output
     return server
+
+
+@contextmanager
+def limited(process: psutil.Process, what: int, soft: int) -> Iterator[None]:
+    """A resource of a process, short for a while."""
+    before = process.rlimit(what)
+    process.rlimit(what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.rlimit(what, before)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Without an event to wait for: what is looked at is another process."""
+    end_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 class Client(threading.Thread):
@@ -167,6 +196,52 @@ def test_whole_answers_survive_too(server: Any) -> None:
     assert answers[0].choices[0].text == expected.choices[0].text
     assert answers[0].usage.completion_tokens == 120
     watcher.answer()
+
+
+def test_an_engine_that_gets_no_more_memory_costs_no_token(server: Any, undisturbed: dict[str, Any]) -> None:
+    clients = {name: Client(server, REQUESTS[name]) for name in ("seeded", "four", "logprobs")}
+    for client in clients.values():
+        client.reached.wait(60)
+    engine = server.engines()[0]
+    with limited(engine, psutil.RLIMIT_AS, engine.memory_info().vms + 2**16):
+        clients["echo"] = Client(server, REQUESTS["echo"])  # its prompt is scored: a step that takes more
+        for name, client in clients.items():
+            assert client.answer() == undisturbed[name], name
+
+
+def test_without_descriptors_it_says_so_and_goes_on_when_there_are_some(
+    server: Any, undisturbed: dict[str, Any]
+) -> None:
+    """So few as the limit on connections keeps it from: the replacement of an engine waits, the rest goes on."""
+    process = psutil.Process(server.process.pid)
+    client = Client(server, REQUESTS["seeded"])
+    client.reached.wait(60)
+    connections: list[socket.socket] = []
+    try:
+        with limited(process, psutil.RLIMIT_NOFILE, process.num_fds() + 4):
+            address = ("127.0.0.1", httpx.URL(server.url).port)
+            connections += [socket.create_connection(address, timeout=10) for _ in range(12)]
+            server.engines()[0].kill()
+            until(lambda: "cannot be started" in server.output or "could not be started" in server.output)
+    finally:
+        for connection in connections:
+            connection.close()
+    assert client.answer() == undisturbed["seeded"]
+    until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(
+    server: Any, undisturbed: dict[str, Any], request_log: Path
+) -> None:
+    process = psutil.Process(server.process.pid)
+    num_lines = len(request_log.read_text().splitlines())
+    assert num_lines
+    with limited(process, psutil.RLIMIT_FSIZE, request_log.stat().st_size):
+        assert Client(server, REQUESTS["seeded"]).answer() == undisturbed["seeded"]
+        until(lambda: "equest log" in server.output)
+    assert len(request_log.read_text().splitlines()) == num_lines
+    assert Client(server, REQUESTS["seeded"]).answer() == undisturbed["seeded"]
+    until(lambda: len(request_log.read_text().splitlines()) > num_lines)
 
 
 def test_a_reload_loses_no_request(start_server: Callable[..., Any], smollm2_path: Path, tmp_path: Path) -> None:

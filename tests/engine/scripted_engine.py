@@ -8,6 +8,7 @@ imports no torch.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -38,7 +39,7 @@ class Script(msgspec.Struct):
 
     step_s: float = 0.002
     poison_after: int = 0  # tokens of a poisoned answer
-    poison: str = "raise"  # or crash, kill, hang
+    poison: str = "raise"  # or crash, kill, hang, memory
     max_num_seqs: int = 64
     fail_load_if: str = ""  # while this file is there: not a model that can be loaded
     die_in_load_if: str = ""  # while this file is there; it is taken away
@@ -102,6 +103,9 @@ class ScriptedRunner:
                 os.kill(os.getpid(), signal.SIGSEGV)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "memory":
+                resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+                bytearray(2**40)
             case "hang":
                 time.sleep(3600)
 

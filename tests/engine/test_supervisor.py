@@ -333,7 +333,7 @@ def test_what_was_said_of_a_prompt_is_not_said_again() -> None:
     run(use)
 
 
-@pytest.mark.parametrize(("how", "most_restarts"), [("raise", 4), ("crash", 4), ("kill", 8)])
+@pytest.mark.parametrize(("how", "most_restarts"), [("raise", 4), ("crash", 4), ("kill", 8), ("memory", 8)])
 @pytest.mark.parametrize("after", [0, 12])
 def test_a_request_that_ends_every_engine_fails_alone(how: str, after: int, most_restarts: int) -> None:
     async def use(house: House) -> None:
