@@ -99,13 +99,14 @@ def running(load: Load) -> Iterator[tuple[int, dict[str, str]]]:
                 server.terminate()
 
 
-async def ask(port: int, key: str, prompt: list[int], num_tokens: int) -> Answer:
-    """One streamed completion, EOS ignored."""
+async def ask(port: int, key: str, prompt: list[int], num_tokens: int, timeout_s: float = 0.0) -> Answer:
+    """One streamed completion, EOS ignored; with a `timeout_s` that the server is told."""
     wanted = {"prompt": prompt, "max_tokens": num_tokens, "stream": True, "ignore_eos": True, "temperature": 0}
     body = json.dumps(wanted).encode()
+    limit = f"x-request-timeout: {timeout_s}\r\n" if timeout_s else ""
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
-        f"content-type: application/json\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        f"content-type: application/json\r\nconnection: close\r\n{limit}content-length: {len(body)}\r\n\r\n"
     )
     answer, begin_s = Answer(), time.perf_counter()
     try:

@@ -149,16 +149,20 @@ class _Answer:
         """ASGI's `send`."""
         if message["type"] == "http.response.start":
             self._begin(message)
+        elif not message.get("more_body", False):
+            self.context.is_complete = True
         await self._send(message)
 
     async def refuse(self, error: LLMServeError) -> None:
-        """Answers with an error; behind the beginning of a stream, as its last event."""
+        """Answers with an error; behind the beginning of a stream, as its last event, unless that has been sent."""
         self.context.error = error.code
         response = refusal(error, is_v2=self._is_v2)
         if not self.context.status:
             await response(self._scope, _nothing, self.send)
-        elif self._is_stream:
-            await self._send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n"})
+        elif self._is_stream and not self.context.is_complete:
+            await self._send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"
+
+"})
         # else: the server closes a connection whose answer was not completed
 
     def _begin(self, message: Message) -> None:

@@ -23,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 from llmserve.api.disconnect import ClientDisconnectedError, run_until_disconnect
 from llmserve.api.errors import error_body
 from llmserve.api.http_metrics import DIRECT_SEND
-from llmserve.errors import LLMServeError
+from llmserve.errors import DeadlineExceededError, LLMServeError
+from llmserve.request_context import current_request
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,10 @@ class EventStreamResponse(Response, Generic[T]):
         except Exception as error:
             if not self._started:
                 raise
-            logger.error("A stream failed: %s", error, exc_info=None if isinstance(error, LLMServeError) else error)
+            level = logging.INFO if isinstance(error, DeadlineExceededError) else logging.ERROR
+            logger.log(
+                level, "A stream failed: %s", error, exc_info=None if isinstance(error, LLMServeError) else error
+            )
             last = bytes(ServerSentEvent(msgspec.json.encode(error_body(error)).decode(), sep="\n").encode())
         await self._send(last, more_body=False)
 
@@ -136,5 +140,7 @@ class EventStreamResponse(Response, Generic[T]):
             headers = self.raw_headers
             await self._start_send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         self._sending = True
+        if not more_body:
+            current_request().is_complete = True
         await self._body_send({"type": "http.response.body", "body": body, "more_body": more_body})
         self._sending = not more_body

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from llmserve.api.deadline import Deadline
+from llmserve.api.door import Door
+from llmserve.api.gatekeeper import Gatekeeper
+from llmserve.request_context import current_request
 
 
 async def run_until(deadline: Deadline, *delays_s: float) -> None:
@@ -46,6 +50,33 @@ def test_a_cancellation_from_outside_is_no_timeout() -> None:
 
     asyncio.run(main())
     assert not deadline.passed
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_stream_that_was_complete_when_its_time_was_over_gets_no_event_behind_its_last(is_direct: bool) -> None:
+    """As it may happen where the engine's clock was faster than ours."""
+    sent: list[Any] = []
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        last = {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
+        if is_direct:  # as `EventStreamResponse` sends
+            current_request().is_complete = True
+            sent.append(last)
+        else:
+            await send(last)
+        await asyncio.get_running_loop().create_future()
+
+    async def collect(message: Any) -> None:
+        sent.append(message)
+
+    async def nothing() -> Any:
+        return await asyncio.get_running_loop().create_future()
+
+    door = Door(stream, gatekeeper=Gatekeeper(None))
+    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.05")], "client": None}
+    asyncio.run(door(scope, nothing, collect))
+    assert [message.get("body") for message in sent] == [None, b"data: [DONE]\n\n"]
 
 
 def test_what_ends_in_time_leaves_no_timer() -> None:
