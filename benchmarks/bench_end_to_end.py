@@ -68,8 +68,8 @@ async def prefill(url: str, number: int) -> float:
     return PREFILL_TOKENS / (time.perf_counter() - begin_s)
 
 
-async def interference(url: str, number: int) -> dict[str, float]:
-    """p99 between tokens of 8 streams, quiet, and from when a prompt of 2,000 tokens arrives until it is answered."""
+async def interference(url: str, number: int, num_tokens: int = LONG_PROMPT_TOKENS) -> dict[str, float]:
+    """p99 between tokens of 8 streams, quiet, and from when a prompt of `num_tokens` arrives until it is answered."""
     quiet: list[float] = []
     beside: list[float] = []
     current = quiet
@@ -91,7 +91,7 @@ async def interference(url: str, number: int) -> dict[str, float]:
         quiet.clear()
         await asyncio.sleep(QUIET_S)
         current = beside
-        prompt = [(31 * at + 104729 * number) % 40000 + 100 for at in range(LONG_PROMPT_TOKENS)]
+        prompt = [(31 * at + 104729 * number) % 40000 + 100 for at in range(num_tokens)]
         begin_s = time.perf_counter()
         answer = await client.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1})
         answer.raise_for_status()

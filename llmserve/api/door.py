@@ -160,9 +160,7 @@ class _Answer:
         if not self.context.status:
             await response(self._scope, _nothing, self.send)
         elif self._is_stream and not self.context.is_complete:
-            await self._send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"
-
-"})
+            await self._send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n"})
         # else: the server closes a connection whose answer was not completed
 
     def _begin(self, message: Message) -> None:
