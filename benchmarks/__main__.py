@@ -10,6 +10,8 @@ MODULES = (
     "bench_server",  # server process, a streamed token
     "bench_overload",  # ten times the capacity
     "bench_fairness",  # a flood beside a quiet tenant
+    "bench_deadline",  # how late who runs out of time is told so
+    "bench_idle_connections",  # ten thousand of them
     "bench_general",  # general models, a request
     "bench_cpu_kernels",  # kernels against the machine's limits
     "bench_decode",  # weight formats, tokens a second
@@ -17,6 +19,7 @@ MODULES = (
     "bench_embeddings",  # texts to vectors, beside sentence-transformers
     "bench_embedding_quality",  # what a weight format costs in retrieval
     "bench_end_to_end",  # the whole server
+    "bench_long_prompt",  # the longest prompt beside streams
     "bench_embedding_server",  # embeddings, beside sentence-transformers
     "bench_embeddings_beside_llm",  # what they cost a chat stream
 )

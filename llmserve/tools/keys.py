@@ -36,11 +36,22 @@ def run(args: argparse.Namespace) -> int:
     for field in ("weight", "share", "requests_per_minute", "tokens_per_minute"):
         if (value := getattr(args, field)) is not None:
             lines.append(f"{field} = {value}")
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n\n")
-    except OSError as error:
-        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error
+    _append(path, ("\n".join(lines) + "\n\n").encode())
     print(f"The key of {args.name!r}, shown this once:", file=sys.stderr)
     print(key)
     return 0
+
+
+def _append(path: Path, table: bytes) -> None:
+    """All of it or, where the disk is full, nothing: the server reads the file as it is. Raises ConfigError."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            num_before = os.fstat(fd).st_size
+            if os.write(fd, table) < len(table):
+                os.ftruncate(fd, num_before)
+                raise ConfigError(f"Cannot write {path}: the disk is full.")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error

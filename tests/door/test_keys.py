@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,17 @@ def test_the_command_makes_a_key_that_works(tmp_path: Path, capsys: pytest.Captu
     assert path.stat().st_mode & 0o077 == 0
     assert main(["keys", str(path), "alice"]) == 1
     assert main(["keys", str(path), 'a"b']) == 1
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.toml"
+    assert main(["keys", str(path), "alice"]) == 0
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))  # there is room for a part of a table
+    try:
+        assert main(["keys", str(path), "bob"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"Cannot write {path}" in capsys.readouterr().err
+    assert path.read_bytes() == before
