@@ -175,6 +175,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="the table goes there")
     args = parser.parse_args()
     cases = [case for case in kernel_cases() if args.only in case.name]
+    if not cases:
+        parser.error(f"no kernel's name contains {args.only!r}")
     reports = compile_all(cases, args.arch or ARCHITECTURES)
     broken = [line for report in reports for line in report.broken()]
     if args.write:
