@@ -167,14 +167,23 @@ def table(reports: Sequence[Report]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def select_cases(names: Sequence[str]) -> list[KernelCase]:
+    """Those whose name contains one of these; exits where one finds none, for nothing was shown then."""
+    cases = kernel_cases()
+    for name in names:
+        if not any(name in case.name for case in cases):
+            raise SystemExit(f"no kernel's name contains {name!r}")
+    return [case for case in cases if any(name in case.name for name in names)]
+
+
 def main() -> int:
     """The number of broken ceilings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="repeatable; by default all")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--only", action="append", help="kernels whose name contains this; repeatable")
     parser.add_argument("--write", type=Path, help="the table goes there")
     args = parser.parse_args()
-    cases = [case for case in kernel_cases() if args.only in case.name]
+    cases = select_cases(args.only or [""])
     reports = compile_all(cases, args.arch or ARCHITECTURES)
     broken = [line for report in reports for line in report.broken()]
     if args.write:

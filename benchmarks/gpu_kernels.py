@@ -6,36 +6,18 @@ The bytes are those that must be moved, once each way; what a kernel moves beyon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import triton.testing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu_products import product_rows
+from benchmarks.gpu_rows import DEVICE, Row, seconds, share
 from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, SamplingTensors
 from llmserve.kernels.triton.ops import TritonOps, create_triton_ops
 
-DEVICE = torch.device("cuda")
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3.1-8B
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what was expected before the run, and what came out."""
-
-    name: str
-    unit: str
-    target: str
-    predicted: str
-    result: str
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Median of a captured run, so that the host's launches do not count; the L2 cache is cold."""
-    run()
-    torch.cuda.synchronize()
-    return float(triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")) / 1e3
 
 
 def copy_bandwidth() -> float:
@@ -116,12 +98,6 @@ def streaming_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
     yield share("rotary + KV write, 8k tokens", 2 * qkv.nbytes + cos_sin.nbytes, took, bandwidth, "80%", "75%")
 
 
-def share(name: str, num_bytes: float, took: float, bandwidth: float, target: str, predicted: str) -> Row:
-    """A kernel bound by memory."""
-    result = f"{num_bytes / took / bandwidth:.0%} ({took * 1e6:.0f} us)"
-    return Row(name, "of copy bandwidth", target, predicted, result)
-
-
 def sampling_rows(ops: TritonOps) -> Iterator[Row]:
     """64 rows of Llama 3's vocabulary."""
     rows = 64
@@ -164,3 +140,4 @@ def kernel_rows() -> Iterator[Row]:
         yield prefill_rows(ops, length)
     yield from streaming_rows(ops, bandwidth)
     yield from sampling_rows(ops)
+    yield from product_rows(ops, bandwidth)

@@ -8,13 +8,19 @@ from llmserve.kernels.triton.products import partition_of
 from llmserve.kernels.triton.quantize import quantize_kernel
 from llmserve.kernels.triton.tables import GemmTiles, gemm_tiles
 
-_X = {"int8": "i8", "fp8": "fp8e4nv", "w4": "bf16", "dense": "bf16"}  # Triton's names of the activations' types
-_BITS = {"int8": 8, "fp8": 8, "w4": 4, "dense": 16}
+_X = {
+    "int8": "i8",
+    "fp8": "fp8e4nv",
+    "fp8 groups": "fp8e4nv",
+    "w4": "bf16",
+    "dense": "bf16",
+}  # Triton's names of the activations' types
+_BITS = {"int8": 8, "fp8": 8, "fp8 groups": 8, "w4": 4, "dense": 16}
 _PRODUCT_KB = 136  # of shared memory: four stages of the largest tile
 
 
 def _architectures(kind: str) -> tuple[str, ...]:
-    return ("sm_90", "sm_100") if kind == "fp8" else ARCHITECTURES
+    return ("sm_90", "sm_100") if kind.startswith("fp8") else ARCHITECTURES
 
 
 def _types(kind: str) -> dict[str, str]:
@@ -94,7 +100,7 @@ def _quantize(kind: str, k: int) -> KernelCase:
 
 def _add_parts(name: str, n: int, k: int, experts: int) -> KernelCase:
     parts = k // partition_of(n, k)
-    constants = {"N": n, "NUM_PARTS": parts, "IS_SCALED": True, "HAS_BIAS": False, "BLOCK": 256}
+    constants = {"N": n, "NUM_PARTS": parts, "KIND": "int8", "HAS_BIAS": False, "BLOCK": 256}
     return KernelCase(
         name,
         gemm.add_parts_kernel,
@@ -131,6 +137,7 @@ def product_cases() -> list[KernelCase]:
     return [
         *_product("int8", "int8", 4096, 4096),
         *_product("fp8", "fp8", 4096, 4096),
+        *_product("fp8 g128", "fp8 groups", 4096, 4096, group=128),
         *_product("w4 g128", "w4", 4096, 4096, group=128),
         *_product("w4 g32", "w4", 4096, 4096, group=32),
         *_product("experts bf16", "dense", 1536, 2048, experts=128),

@@ -1,27 +1,30 @@
-"""Tries tile sizes of paged attention on this GPU and prints the rows for `kernels/triton/tables.py`.
+"""Tries tile sizes on this GPU and prints the rows for `kernels/triton/tables.py`.
 
-    python -m benchmarks.tune_kernels [--head-dims 64,128,256]
+    python -m benchmarks.tune_kernels [--head-dims 64,128,256] [--only attention|products]
 
 One row must serve every batch, or results would depend on it: each candidate is timed in a full decode batch, a single
-long decode and a prompt, and the least sum of the three, each against the best of its kind, wins. Needs a GPU.
+long decode and a prompt (products: in several matrices), and the least sum, each against the best of its kind, wins.
+Needs a GPU. With TRITON_INTERPRET=1 it runs dry: toy shapes, interpreted, a candidate of each kind; what it then prints
+was not measured, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from itertools import product
 
 import torch
-import triton
-from triton.runtime.errors import OutOfResources
+from triton import knobs
 
+from benchmarks import tune_products
 from benchmarks.gpu import missing
+from benchmarks.tuning import Place, best, find_place
 from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec
 from llmserve.kernels.triton.kv_cache import TritonKVCache
-from llmserve.kernels.triton.ops import create_triton_ops
 from llmserve.kernels.triton.split_attention import paged_attention
-from llmserve.kernels.triton.tables import AttentionTiles
+from llmserve.kernels.triton.tables import AttentionTiles, gemm_tiles
 
 HEADS, KV_HEADS = 32, 8
 SHAPES = ((64, 4096, 1), (1, 131072, 1), (1, 8192, 8192))  # sequences, context, queries of each
@@ -34,10 +37,10 @@ def candidates() -> list[AttentionTiles]:
 
 
 def shape_case(
-    num_seqs: int, context: int, queries: int, head_dim: int, cache_dtype: torch.dtype
+    num_seqs: int, context: int, queries: int, head_dim: int, cache_dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, TritonKVCache, AttentionMetadata]:
     """Scattered blocks, random content."""
-    device, blocks = torch.device("cuda"), context // 16
+    blocks = context // 16
     cache = TritonKVCache(KVCacheSpec(KV_HEADS, head_dim, 16, cache_dtype), num_seqs * blocks, device)
     cache.data.view(torch.uint8).random_(0, 64)
     positions = torch.arange(context - queries, context, device=device).repeat(num_seqs)
@@ -54,39 +57,45 @@ def shape_case(
     return q, cache, meta
 
 
-def best_tiles(head_dim: int, cache_dtype: torch.dtype, min_programs: int) -> AttentionTiles:
-    """Prints how each candidate did."""
-    cases = [shape_case(*shape, head_dim, cache_dtype) for shape in SHAPES]
-    times: dict[AttentionTiles, list[float]] = {}
-    for tiles in candidates():
-        try:
-            times[tiles] = [
-                float(
-                    triton.testing.do_bench(lambda c=case, t=tiles: paged_attention(*c, 0.1, 0, 0.0, t, min_programs))
-                )
-                for case in cases
-            ]
-        except OutOfResources:
-            continue
-        print(tiles, " ".join(f"{ms:.3f} ms" for ms in times[tiles]), flush=True)
-    fastest = [min(column) for column in zip(*times.values(), strict=True)]
-    return min(times, key=lambda tiles: sum(ms / best for ms, best in zip(times[tiles], fastest, strict=True)))
+def best_tiles(head_dim: int, cache_dtype: torch.dtype, place: Place) -> AttentionTiles:
+    """Of attention, for a head size and a type of the cache."""
+    tiles = [AttentionTiles(16, 16, 512, 4, 2)] if place.is_dry else candidates()
+    shapes = ((2, 32, 1), (1, 16, 16)) if place.is_dry else SHAPES
+    cases = [shape_case(*shape, head_dim, cache_dtype, place.device) for shape in shapes]
+    return best(place, tiles, cases, lambda each, case: paged_attention(*case, 0.1, 0, 0.0, each, place.min_programs))
+
+
+def attention_rows(place: Place, head_dims: list[int]) -> Iterator[str]:
+    """As they stand in the table."""
+    for head_dim, dtype in product(head_dims, (torch.bfloat16, torch.float8_e4m3fn)):
+        yield f'("{place.ops.architecture}", {head_dim}, {dtype.itemsize}): {best_tiles(head_dim, dtype, place)},'
+
+
+def product_rows(place: Place) -> Iterator[str]:
+    """Likewise; with as many sizes as the table has for the architecture."""
+    for bits in tune_products.BITS:
+        sizes = [tile.rows for tile in gemm_tiles(place.ops.architecture, bits)]
+        tiles = ", ".join(str(tune_products.best_row(bits, rows, place)) for rows in sizes)
+        yield f'("{place.ops.architecture}", {bits}): ({tiles},),'
 
 
 def main() -> int:
     """0 if rows were printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", default="64,128,256")
+    parser.add_argument("--only", choices=("attention", "products"))
     args = parser.parse_args()
-    if reason := missing():
+    if not knobs.runtime.interpret and (reason := missing()):
         print(reason)
         return 1
-    ops = create_triton_ops(torch.device("cuda"))
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for head_dim in map(int, args.head_dims.split(",")):
-        for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            tiles = best_tiles(head_dim, cache_dtype, 2 * processors)
-            print(f'    ("{ops.architecture}", {head_dim}, {cache_dtype.itemsize}): {tiles},', flush=True)
+    place = find_place()
+    note = "  # NOT MEASURED: interpreted" if place.is_dry else ""
+    if args.only != "products":
+        for row in attention_rows(place, [int(size) for size in args.head_dims.split(",")]):
+            print(f"    {row}{note}", flush=True)
+    if args.only != "attention":
+        for row in product_rows(place):
+            print(f"    {row}{note}", flush=True)
     return 0
 
 

@@ -4,6 +4,7 @@ x [t, k] @ w[n, k]^T -> [t, n]. Bytes of a decode: those of the weights, n * k *
 2 * t * n * k, on tensor cores. KIND says what a weight is:
   "dense"  of x's type.
   "int8", "fp8"  a byte, times a scale of its output; x is in bytes too, with a scale for each token.
+  "fp8 groups"  likewise, but with a scale for each GROUP = DEPTH inputs of an output.
   "w4"  four bits without a sign, (q - zero) * scale for each group of inputs; a byte holds input j of a stretch of
         DEPTH in its low half and j + DEPTH / 2 in the high one, so that both halves are tiles as soon as unpacked.
         Scales multiply sums, not weights: the whole numbers q - zero are exact in x's type.
@@ -44,9 +45,17 @@ def rows_of_tile(offsets_ptr, tile, num_rows, NUM_EXPERTS: tl.constexpr, EXPERTS
 
 
 @triton.jit
+def group_of_line(line, end_line, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
+    """Where the first group of each line stands in scales [experts, k / GROUP, n]; the next one is N behind it."""
+    column = line - (end_line - N)
+    return (line - column).to(tl.int64) * (K // GROUP) + column
+
+
+@triton.jit
 def sum_partition(
-    x_ptr, w_ptr, first_row, end_row, first_line, end_line, start, end, K: tl.constexpr, KIND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, first_row, end_row, first_line, end_line, start, end, N: tl.constexpr, K: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """[columns, rows] of inputs start:end, weights of 8 bits or dense. A line is one of w [experts * n, k]."""
     sums = tl.zeros([COLUMNS, ROWS], tl.int32 if KIND == "int8" else tl.float32)
@@ -62,7 +71,11 @@ def sum_partition(
             x_at = x_ptr + row[None, :].to(tl.int64) * K + at[:, None]
             w = tl.load(w_at, mask=line_inside & (at < K)[None, :], other=0.0)
             x = tl.load(x_at, mask=row_inside & (at < K)[:, None], other=0.0)
-        if KIND == "fp8":  # Hopper's tensor cores add fp8 products with 14 bits: only so many at a time
+        if KIND == "fp8 groups":
+            group = group_of_line(line, end_line, N, K, DEPTH) + (first // DEPTH) * N
+            scale = tl.load(scale_ptr + group, mask=line < end_line, other=0.0)
+            sums += tl.dot(w, x, max_num_imprecise_acc=DEPTH) * scale[:, None]
+        elif KIND == "fp8":  # Hopper's tensor cores add fp8 products with 14 bits: only so many at a time
             sums = tl.dot(w, x, sums, max_num_imprecise_acc=DEPTH)
         else:
             sums = tl.dot(w, x, sums, input_precision="ieee", out_dtype=sums.dtype)
@@ -82,8 +95,7 @@ def sum_partition_w4(
     half = tl.arange(0, DEPTH // 2)
     x_at = x_ptr + row[None, :].to(tl.int64) * K + half[:, None]
     w_at = w_ptr + line[:, None].to(tl.int64) * (K // 2) + half[None, :]
-    column = line - (end_line - N)
-    group_at = (line - column).to(tl.int64) * (K // GROUP) + column  # of the expert's first group
+    group_at = group_of_line(line, end_line, N, K, GROUP)
     for first in tl.range(start, end, DEPTH, num_stages=STAGES):
         group = group_at + (first // GROUP) * N
         scale = tl.load(scale_ptr + group, mask=line_inside, other=0.0).to(tl.float32)
@@ -101,17 +113,19 @@ def sum_partition_w4(
 
 @triton.jit
 def finish(
-    total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, IS_SCALED: tl.constexpr,
+    total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """[columns, rows] from sums: times both scales, plus the bias; fma is spelt out, so that kernels round alike."""
     bias = tl.zeros([total.shape[0]], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + line, mask=line_inside, other=0.0).to(tl.float32)
-    if not IS_SCALED:
+    if KIND == "dense" or KIND == "w4":
         return total + bias[:, None] if HAS_BIAS else total
     row_scale = tl.load(x_scale_ptr + row, mask=row_inside, other=0.0)
-    line_scale = tl.load(w_scale_ptr + line, mask=line_inside, other=0.0)
+    line_scale = tl.full([total.shape[0]], 1.0, tl.float32)
+    if KIND != "fp8 groups":
+        line_scale = tl.load(w_scale_ptr + line, mask=line_inside, other=0.0)
     wide = tl.broadcast_to(line_scale[:, None], total.shape)
     return tl.fma(total * row_scale[None, :], wide, tl.broadcast_to(bias[:, None], total.shape))
 
@@ -147,8 +161,8 @@ def gemm_kernel(
             )  # fmt: skip
         else:
             total += sum_partition(
-                x_ptr, w_ptr, first_row, end_row, first_line, end_line, start, end, K, KIND, ROWS, COLUMNS, DEPTH,
-                STAGES, DESCRIPTORS,
+                x_ptr, w_ptr, w_scale_ptr, first_row, end_row, first_line, end_line, start, end, N, K, KIND, ROWS,
+                COLUMNS, DEPTH, STAGES, DESCRIPTORS,
             )  # fmt: skip
     row, line = first_row + tl.arange(0, ROWS), first_line + tl.arange(0, COLUMNS)
     row_inside, line_inside = row < end_row, line < end_line
@@ -157,15 +171,14 @@ def gemm_kernel(
     if SPLIT:
         tl.store(parts_ptr + tl.program_id(1) * num_rows.to(tl.int64) * N + at_out, total, mask=inside)
     else:
-        is_scaled: tl.constexpr = KIND == "int8" or KIND == "fp8"
-        out = finish(total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, is_scaled, HAS_BIAS)
+        out = finish(total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, KIND, HAS_BIAS)
         tl.store(out_ptr + at_out, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def add_parts_kernel(
     parts_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, offsets_ptr, out_ptr, num_rows, N: tl.constexpr,
-    NUM_PARTS: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, and blocks of columns. Adds the partitions from left to right."""
@@ -178,5 +191,5 @@ def add_parts_kernel(
     for part in tl.static_range(NUM_PARTS):
         total += tl.load(parts_ptr + part * num_rows.to(tl.int64) * N + at, mask=inside[:, None], other=0.0)
     line = expert * N + column
-    out = finish(total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row < num_rows, line, inside, IS_SCALED, HAS_BIAS)
+    out = finish(total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row < num_rows, line, inside, KIND, HAS_BIAS)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])

@@ -52,8 +52,8 @@ def multiply(
     out = torch.empty((num_rows, n), dtype=out_dtype, device=x.device)
     if not num_rows:
         return out
-    is_scaled = weight.kind in ("int8", "fp8")
-    x, x_scale = quantize(x, weight.data.dtype) if is_scaled else (x.contiguous(), out)
+    in_bytes = weight.kind not in ("dense", "w4")
+    x, x_scale = quantize(x, weight.data.dtype) if in_bytes else (x.contiguous(), out)
     tile = choose_tiles(tiles, triton.cdiv(num_rows, max(weight.num_experts, 1)))
     row_tiles = triton.cdiv(num_rows, tile.rows)
     if weight.num_experts:  # each expert's last tile may be partly empty
@@ -66,6 +66,7 @@ def multiply(
     described = tile.descriptors and weight.kind != "w4" and k * x.itemsize % 16 == 0
     shape = {
         "N": n,
+        "KIND": weight.kind,
         "HAS_BIAS": weight.bias is not None,
         "NUM_EXPERTS": weight.num_experts,
         "EXPERTS": triton.next_power_of_2(max(weight.num_experts, 1)),
@@ -75,13 +76,13 @@ def multiply(
     gemm_kernel[(num_tiles, num_parts if split else 1)](
         TensorDescriptor.from_tensor(x, [tile.rows, depth]) if described else x,
         TensorDescriptor.from_tensor(weight.data.view(-1, k), [tile.columns, depth]) if described else weight.data,
-        x_scale, scale, zeros, bias, offsets, out, parts, num_rows, K=k, KIND=weight.kind, GROUP=weight.group or k,
+        x_scale, scale, zeros, bias, offsets, out, parts, num_rows, K=k, GROUP=weight.group or k,
         PARTITION=partition, SPLIT=split, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=depth,
         TOGETHER=_ROW_TILES_TOGETHER, STAGES=tile.num_stages, DESCRIPTORS=described, num_warps=tile.num_warps, **shape,
     )  # fmt: skip
     if split:
         add_parts_kernel[(num_rows, triton.cdiv(n, 256))](
-            parts, x_scale, scale, bias, offsets, out, num_rows, NUM_PARTS=num_parts, IS_SCALED=is_scaled, BLOCK=256,
+            parts, x_scale, scale, bias, offsets, out, num_rows, NUM_PARTS=num_parts, BLOCK=256,
             num_warps=2, **shape,
         )  # fmt: skip
     return out

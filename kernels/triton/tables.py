@@ -1,6 +1,7 @@
 """Tile sizes by architecture. Knows no kernels.
 
-Chosen so far by what compiles without spilling; `benchmarks/tune_kernels.py` prints rows measured on a GPU. Nothing is
+None of these rows was measured: they are chosen by what compiles without spilling, with enough programs on a
+multiprocessor. `benchmarks/tune_kernels.py` prints rows measured on a GPU. Nothing is
 tuned while serving: a launch takes the row of its architecture and shape from here. Changing a row changes
 the rounding of results, never between two batches of one server.
 """

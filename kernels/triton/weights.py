@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.weight_formats import DENSE, FP8, INT8, W4A16_GROUPS, row_features
+from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, W4A16_GROUPS, row_features
 
 _SLICE_ELEMENTS = 1 << 22  # converted at once: bounds the copies
 BYTE_DTYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
@@ -26,7 +26,7 @@ class PackedWeight:
     out_features: int
     in_features: int
     data: torch.Tensor  # [out, in] of x's dtype, int8 or fp8; of 4 bits uint8 [out, in / 2]
-    scale: torch.Tensor | None = None  # float32 [out]; of 4 bits float16 [groups, out]
+    scale: torch.Tensor | None = None  # float32 [out] or [groups, out]; of 4 bits float16 [groups, out]
     zeros: torch.Tensor | None = None  # uint8 [groups, out]
     bias: torch.Tensor | None = None  # [out], of any float type
     group: int = 0  # inputs that share a scale; 0: all
@@ -55,7 +55,11 @@ def pack_bytes(dense: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> Pack
 
 
 def pack_byte_rows(raw: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> PackedWeight:
-    """uint8 [out, 4 + in], of each output a float32 scale and its bytes: kept as they are."""
+    """uint8 [out, bytes of a row], of each output a float32 scale, or one for each group, and its bytes: kept so."""
+    if fmt == FP8_G128:
+        num_groups = raw.shape[1] // (128 + 4)
+        data, scale = _as(raw[:, 4 * num_groups :], BYTE_DTYPES[FP8]), _as(raw[:, : 4 * num_groups], torch.float32)
+        return _byte_weight(fmt, data, scale.T.contiguous(), bias)
     return _byte_weight(fmt, _as(raw[:, 4:], BYTE_DTYPES[fmt]), _as(raw[:, :4], torch.float32)[:, 0], bias)
 
 
@@ -138,12 +142,13 @@ def _of_dense(weight: DenseLinearWeight) -> PackedWeight:
 def _byte_weight(fmt: str, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
     return PackedWeight(
         format=fmt,
-        kind=fmt,
+        kind="fp8 groups" if fmt == FP8_G128 else fmt,
         out_features=data.shape[0],
         in_features=data.shape[1],
         data=data,
         scale=scale,
         bias=bias,
+        group=128 if fmt == FP8_G128 else 0,
     )
 
 

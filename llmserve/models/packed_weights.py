@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from llmserve.errors import ModelLoadError
-from llmserve.kernels.weight_formats import FP8, w4a16_format
+from llmserve.kernels.weight_formats import FP8, FP8_G128, w4a16_format
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.raw_rows import BLOCK, Rows, encode_rows
 
@@ -120,10 +120,12 @@ class PackedMatrix:
         return columns // (self._quantization.group_size or self.shape[1])
 
     def _own_format(self, formats: Collection[str]) -> str | None:
-        """Of 4 bits with the file's own groups, and of fp8 with a scale for each output: where it is computed."""
+        """Of 4 bits with the file's own groups, of fp8 with a scale for an output or a tile; if it is computed."""
         quantization, name = self._quantization, None
         if quantization.layout == "float" and quantization.block_size is None:
             name = FP8
+        elif quantization.block_size is not None:
+            name = FP8_G128 if quantization.block_size[1] == 128 and self.shape[1] % 128 == 0 else None
         elif quantization.bits == 4 and quantization.layout in ("gptq", "awq", "packed"):
             name = w4a16_format(quantization.group_size, self.shape[1])
             in_order = torch.arange(self.shape[1]) // (quantization.group_size or self.shape[1])

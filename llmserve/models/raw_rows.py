@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llmserve.errors import ModelLoadError
-from llmserve.kernels.weight_formats import FP8, INT8, W4A16_GROUPS
+from llmserve.kernels.weight_formats import FP8, FP8_G128, INT8, W4A16_GROUPS
 
 BLOCK = 32  # inputs of a block of Q4_0, Q4_1 and Q8_0
 
@@ -28,7 +28,7 @@ class Rows:
 def encode_rows(fmt: str, rows: Rows, group_of: torch.Tensor, where: str) -> torch.Tensor:
     """uint8 [n, bytes of a row]. `group_of` int64 [in]: the group of each input, in order and of whole blocks. Raises
     ModelLoadError, naming the matrix, for numbers the format cannot hold."""
-    if fmt in (INT8, FP8):
+    if fmt in (INT8, FP8, FP8_G128):
         return _byte_rows(fmt, rows, where)
     if fmt in W4A16_GROUPS:
         return _w4_rows(rows, where)
@@ -39,7 +39,7 @@ def _byte_rows(fmt: str, rows: Rows, where: str) -> torch.Tensor:
     if bool(rows.zeros.any()):
         raise ModelLoadError(f"{where}: zero points other than 0, but the configuration says symmetric.")
     values = rows.values.to(torch.int8 if fmt == INT8 else torch.float8_e4m3fn)
-    return torch.cat((_bytes(rows.scales.expand(len(values), 1)), _bytes(values)), dim=1)
+    return torch.cat((_bytes(rows.scales.expand(len(values), -1)), _bytes(values)), dim=1)
 
 
 def _w4_rows(rows: Rows, where: str) -> torch.Tensor:

@@ -13,26 +13,50 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compile_kernels import Report
+from benchmarks.compile_kernels import Report, select_cases
 from benchmarks.kernel_case import KernelCase
 from benchmarks.kernel_cases import kernel_cases
 
 ROOT = Path(__file__).parents[3]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
 
 
-@pytest.mark.parametrize("only", ["attention d128 g4", "draw", "add_rms_norm 4096", "rotary d128 fp8", "gemm i8"])
-def test_kernels_compile_for_an_h200_and_keep_their_ceilings(only: str) -> None:
-    done = run("-m", "benchmarks.compile_kernels", "--arch", "sm_90", "--only", only)
+def test_kernels_compile_for_an_h200_and_keep_their_ceilings() -> None:
+    names = (
+        "attention d128 g4",
+        "draw",
+        "add_rms_norm 4096",
+        "rotary d128 fp8",
+        "gemm fp8",
+        "gemm experts w4",
+        "experts s",
+    )
+    done = run("-m", "benchmarks.compile_kernels", "--arch", "sm_90", *(word for n in names for word in ("--only", n)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every ceiling kept" in done.stdout
+
+
+def test_a_kernel_that_is_not_there_is_no_success() -> None:
+    with pytest.raises(SystemExit, match="no kernel's name contains 'gemm of old'"):
+        select_cases(["draw", "gemm of old"])
+
+
+def test_tiles_are_tuned_from_end_to_end_without_a_gpu() -> None:
+    """Dry: each kind of product once, and a row for each line of the table, which says that nothing was measured."""
+    done = run("-m", "benchmarks.tune_kernels", "--only", "products", interpret=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("    (")]
+    assert [row.split("):")[0] for row in rows] == [f'    ("sm_90", {bits}' for bits in (4, 8, 16)]
+    assert all(row.endswith("# NOT MEASURED: interpreted") for row in rows)
 
 
 def test_broken_ceilings_are_told() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmserve.kernels.moe_ops import Routing
 from llmserve.kernels.ops import KVCacheSpec
+from llmserve.kernels.triton.moe import TritonMoE
 from llmserve.kernels.triton.tables import attention_tiles
 from tests.kernels.cpu_cases import PagedBatch
+from tests.kernels.triton.test_triton_gemm import random_rows, random_tiles
 from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, SmallTileOps, triton_ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(IS_INTERPRETED, reason="needs a GPU")]
@@ -74,3 +77,61 @@ def test_products_keep_float32_sums() -> None:
     expected = x.bfloat16().double() @ weight.bfloat16().double().T
     assert wide.dtype is torch.float32
     assert (wide.double() - expected).abs().max() / expected.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "fp8_g128", "w4a16_g128", "w4a16_g32"])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (1000, 4096)])
+def test_products_with_few_bits(fmt: str, n: int, k: int) -> None:
+    """Against float64, and bit by bit: every tile, split or not, with descriptors or without, alone or in a batch."""
+    ops = triton_ops()
+    if fmt not in ops.weight_formats:
+        pytest.skip("this GPU has no fp8")
+    x = torch.randn(300, k, device=DEVICE, dtype=torch.bfloat16)
+    if fmt.startswith("w4"):
+        raw, meaning = random_rows(fmt, n, k)
+        weight, meaning, tolerance = ops.pack_quantized(raw, fmt), meaning.to(DEVICE), 1e-5
+    elif fmt == "fp8_g128":
+        raw, meaning = random_tiles(n, k)
+        weight, meaning, tolerance = ops.pack_quantized(raw, fmt), meaning.to(DEVICE), 5e-2
+    else:
+        dense = torch.randn(n, k, device=DEVICE)
+        weight, meaning, tolerance = ops.pack_linear(dense, None, fmt), dense.double(), 5e-2
+    whole = ops.linear(x, weight, torch.float32)
+    expected = x.double() @ meaning.T
+    assert (whole.double() - expected).norm() / expected.norm() < tolerance
+    for first, end in ((0, 1), (7, 23), (100, 150), (0, 129)):
+        assert torch.equal(ops.linear(x[first:end].clone(), weight, torch.float32), whole[first:end]), (first, end)
+
+
+@pytest.mark.parametrize("fmt", ["dense", "fp8"])
+def test_a_mixture_in_a_real_shape(fmt: str) -> None:
+    """Qwen3-30B-A3B's gates and ups: against float64; a token alone has the bits it has among 700; no wait."""
+    ops, experts, routing = triton_ops(), 128, Routing(8, "softmax", True)
+    if fmt not in ops.weight_formats:
+        pytest.skip("this GPU has no fp8")
+    moe = TritonMoE(ops)
+    dense = [torch.randn(1536, 2048, device=DEVICE, dtype=torch.bfloat16) for _ in range(experts)]
+    weights = moe.pack_experts((ops.pack_linear(matrix, None, fmt) for matrix in dense), experts)
+    x, logits = torch.randn(700, 2048, device=DEVICE, dtype=torch.bfloat16), torch.randn(700, experts, device=DEVICE)
+
+    def run(part: slice) -> torch.Tensor:
+        rows = moe.route(logits[part], routing)
+        y = moe.grouped_linear(x[part][rows.source_rows], weights, rows)
+        return moe.combine_experts(y, rows, torch.bfloat16)
+
+    whole = run(slice(0, 700))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for first, end in ((0, 1), (5, 21), (300, 500)):
+            some = run(slice(first, end))
+            torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(some, whole[first:end]), (first, end)
+            torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    scores, chosen = logits[:40].double().softmax(-1).topk(8)
+    scores = scores / scores.sum(-1, keepdim=True)
+    for row in range(0, 40, 13):
+        answers = torch.stack([x[row].double() @ dense[expert].double().T for expert in chosen[row].tolist()])
+        expected = (answers * scores[row][:, None]).sum(0)
+        assert (whole[row].double() - expected).norm() / expected.norm() < (1e-2 if fmt == "dense" else 6e-2)

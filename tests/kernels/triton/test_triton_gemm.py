@@ -38,7 +38,7 @@ def _seeded() -> None:
 
 
 def needs_fp8(fmt: str) -> None:
-    if fmt == "fp8" and fmt not in triton_ops().weight_formats:
+    if fmt.startswith("fp8") and fmt not in triton_ops().weight_formats:
         pytest.skip("this GPU has no fp8")
 
 
@@ -119,6 +119,32 @@ class TestBytes:
         assert relative_error(back, x[[0, 4]]) < (0.005 if fmt == "int8" else 0.04)
 
 
+def random_tiles(n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of fp8 with a scale, a power of two, for each 128 inputs; and the float64 [n, k] they are."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.tensor([0.5, 1.0, 2.0])[torch.randint(0, 3, (n, k // 128), generator=generator)]
+    numbers = torch.randint(-8, 9, (n, k), generator=generator).to(torch.float8_e4m3fn)
+    raw = torch.cat((scales.view(torch.uint8), numbers.view(torch.uint8)), dim=1)
+    assert raw.shape == (n, row_bytes("fp8_g128", k))
+    return raw.to(DEVICE), numbers.double() * scales.double().repeat_interleave(128, 1)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_fp8_in_groups(descriptors: bool) -> None:
+    """Exact, as the numbers are; split or not."""
+    needs_fp8("fp8")
+    raw, meaning = random_tiles(40, 1280)
+    weight = triton_ops().pack_quantized(raw, "fp8_g128")
+    assert weight.nbytes == triton_ops().linear_bytes("fp8_g128", 40, 1280, torch.bfloat16, False)
+    assert isinstance(weight, PackedWeight)
+    x = torch.randint(-8, 9, (20, 1280)).float()
+    x[:, 0] = 448
+    for how in (NEVER, ALWAYS):
+        tile = replace(SMALL[0], descriptors=descriptors)
+        found = multiply(x.to(DEVICE), weight, torch.float32, (tile,), how)
+        assert torch.equal(found.cpu(), (x.double() @ meaning.T).float())
+
+
 class TestFourBits:
     @pytest.mark.parametrize(
         ("fmt", "n", "k"),
@@ -159,7 +185,7 @@ class TestFourBits:
         assert relative_error(found[[0, 4]], x[[0, 4]].double() @ meaning.T) < 1e-5
 
     def test_a_format_that_is_not_known_is_named(self) -> None:
-        with pytest.raises(ValueError, match=r"know int8, fp8, w4a16.* not 'q4_1'"):
+        with pytest.raises(ValueError, match=r"know int8, fp8, fp8_g128, w4a16.* not 'q4_1'"):
             triton_ops().pack_quantized(torch.zeros(1, 20, dtype=torch.uint8), "q4_1")
         with pytest.raises(ValueError, match="know dense, int8, fp8 here, not 'w4a16'"):
             triton_ops().pack_linear(torch.zeros(1, 32), None, "w4a16")
@@ -168,11 +194,13 @@ class TestFourBits:
 def weight_of(kind: str, n: int, k: int, seed: int = 0) -> PackedWeight:
     if kind.startswith("w4"):
         return pack_group_rows(random_rows(kind, n, k, seed)[0], None, kind)
+    if kind == "fp8_g128":
+        return pack_byte_rows(random_tiles(n, k, seed)[0], None, kind)
     dense = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     return pack_bytes(dense, torch.randn(n).to(DEVICE), kind)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "w4a16_g32", "w4a16_g128"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_g128", "w4a16_g128"])
 def test_rows_do_not_depend_on_the_batch(kind: str) -> None:
     """Whatever the tile, and whether partitions are shared out."""
     needs_fp8(kind)
@@ -192,7 +220,7 @@ class TestExperts:
     def offsets(self) -> torch.Tensor:
         return torch.tensor([0, *self.COUNTS]).cumsum(0).int().to(DEVICE)
 
-    @pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "w4a16_g32"])
+    @pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "fp8_g128", "w4a16_g32"])
     @pytest.mark.parametrize("how", [NEVER, ALWAYS])
     def test_each_row_meets_its_expert(self, kind: str, how: int) -> None:
         """To the same bits as that expert's matrix alone."""

@@ -10,8 +10,11 @@ import transformers
 
 from llmserve.kernels.ops import AttentionMetadata, Ops
 from llmserve.kernels.reference import ReferenceOps
+from llmserve.kernels.weight_formats import row_bytes
+from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.config import read_model_config
 from llmserve.models.loader import load_model
+from llmserve.models.packed_weights import PackedMatrix
 from llmserve.models.parameters import weight_bytes
 from llmserve.models.quantization import choose_formats, resolve_quantization
 from llmserve.models.weights import open_weights
@@ -102,3 +105,24 @@ def test_fp8_of_any_weights_on_request(model, tmp_path) -> None:
     assert (taken, formats) == (planned, {"fp8"})
     expected, *_ = run(tmp_path, ReferenceOps(), torch.device("cpu"), "none")
     assert 0 < (logits - expected).norm() / expected.norm() < 8e-2
+
+
+def test_fp8_in_tiles_stays_in_fp8() -> None:
+    """As DeepSeek and Qwen publish it; tiles at the edges are cut."""
+    ops = triton_ops()
+    if "fp8_g128" not in ops.weight_formats:
+        pytest.skip("this GPU has no fp8")
+    torch.manual_seed(4)
+    scales = torch.rand(2, 3) + 0.5
+    numbers = torch.randn(200, 384).to(torch.float8_e4m3fn)
+    quantization = CheckpointQuantization(method="fp8", layout="float", bits=8, block_size=(128, 128))
+    matrix = PackedMatrix("x", {"weight": numbers, "weight_scale_inv": scales}, quantization, ops.weight_formats)
+    assert matrix.type_name == "FP8_G128"
+    raw, dense = torch.empty(200, row_bytes("fp8_g128", 384), dtype=torch.uint8), torch.empty(200, 384)
+    for part in (slice(0, 96), slice(96, 200)):
+        matrix.read_raw(raw[part], part)
+        matrix.read(dense[part], part)
+    x = torch.randn(5, 384)
+    found = ops.linear(x.to(DEVICE), ops.pack_quantized(raw.to(DEVICE), "fp8_g128")).cpu()
+    expected = x @ dense.T
+    assert (found - expected).norm() / expected.norm() < 4e-2
