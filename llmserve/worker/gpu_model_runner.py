@@ -117,6 +117,7 @@ class GPUModelRunner:
         sizes = sorted({shape.num_draws for shape in self._shapes}, reverse=True)
         self._draw_keys: list[DrawKey] = [(size, mode) for size in sizes for mode in SAMPLING_MODES]
         self._lazily = graphs.lazily
+        self.num_largest_graphs = 1 + len(SAMPLING_MODES) if self._shapes else 0
         self._rows = DeviceRows(device, self.batch, plan.max_num_batched_tokens, max_draws, null_block=plan.num_blocks)
         at = device.torch_device
         self._draw_hidden = torch.zeros((max_draws, model.config.hidden_size), dtype=model.dtype, device=at)
@@ -145,13 +146,16 @@ class GPUModelRunner:
 
     @torch.inference_mode()
     def capture_step_by_step(self) -> Iterator[int]:
-        """Captures all graphs, the largest first; says after each how many there are."""
-        for shape in reversed(self._shapes):
-            self._forward_graphs.capture(shape)
-            yield self.num_graphs
-        for key in self._draw_keys:
-            self._draw_graphs.capture(key)
-            yield self.num_graphs
+        """Captures all graphs, the largest of each kind first; says after each how many there are."""
+        modes = len(SAMPLING_MODES)
+        shapes, draws = self._shapes[::-1], self._draw_keys
+        for chosen, keys in ((shapes[:1], draws[:modes]), (shapes[1:], draws[modes:])):
+            for shape in chosen:
+                self._forward_graphs.capture(shape)
+                yield self.num_graphs
+            for key in keys:
+                self._draw_graphs.capture(key)
+                yield self.num_graphs
 
     @torch.inference_mode()
     def run_largest_steps(self) -> None:
