@@ -29,7 +29,7 @@ from tests.worker.fake_device import FakeDevice
 
 @pytest.fixture(scope="module")
 def engines(tiny_llama: Path) -> Engines:
-    return Engines(tiny_llama)
+    return Engines.from_folder(tiny_llama)
 
 
 @pytest.fixture
@@ -152,9 +152,9 @@ def test_a_step_allocates_nothing_beside_its_graphs(engines: Engines) -> None:
         core.add(request(name, max_tokens=60))
     for _ in range(6):
         core.step()
-    counts = engines.device.counts
+    counts = engines.fake.counts
     before = counts["submits"]
-    with Watch(engines.device) as watch:
+    with Watch(engines.fake) as watch:
         for _ in range(8):  # none needs a new block
             core.step()
     assert counts["submits"] == before
