@@ -6,29 +6,18 @@ The bytes are those that must be moved, once each way; what a kernel moves beyon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import triton.testing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.row import Row
 from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, SamplingTensors
 from llmserve.kernels.triton.ops import TritonOps, create_triton_ops
 
 DEVICE = torch.device("cuda")
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3.1-8B
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what was expected before the run, and what came out."""
-
-    name: str
-    unit: str
-    target: str
-    predicted: str
-    result: str
 
 
 def seconds(run: Callable[[], object]) -> float:

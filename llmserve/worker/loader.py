@@ -54,7 +54,7 @@ class PreparedModel:
     def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner | GPUModelRunner:
         """Reads the weights and allocates the KV cache; on a GPU what is left for it is measured, so that the runner's
         plan is not quite this one. `progress` gets bytes done and bytes in all."""
-        model = self._load_model(progress)
+        model = self.load_weights(progress)
         if isinstance(self.ops, CPUOps):
             torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
         if self.device.type == "cuda" and self.ops.name == "triton":
@@ -80,7 +80,8 @@ class PreparedModel:
         runner.warm_up()
         return runner
 
-    def _load_model(self, progress: Callable[[int, int], None] | None) -> LlamaModel:
+    def load_weights(self, progress: Callable[[int, int], None] | None = None) -> LlamaModel:
+        """The model without a runner."""
         return load_model(
             self.source,
             self.model_config,
