@@ -255,6 +255,8 @@ def _transformers_tokens_per_s(machine: Machine, batch: int, num_tokens: int) ->
         started = time.perf_counter()
         outputs = model.generate_batch(inputs=prompts, generation_config=generation, **dict.fromkeys(options, True))
         took = time.perf_counter() - started
+    if options:
+        model.destroy_cached_continuous_batching_manager()
     num_generated = sum(len(output.generated_tokens) for output in outputs.values())
     if num_generated < batch * num_tokens:
         raise RuntimeError(f"transformers made {num_generated} tokens of {batch * num_tokens}")
