@@ -20,8 +20,8 @@ from benchmarks.random_model import LLAMA_8B, SMOLLM2_135M, TINY, RandomWeights,
 from benchmarks.row import Row
 from benchmarks.timed_device import TimedCudaDevice
 from llmserve.config import EngineConfig
+from llmserve.engine.assembly import make_core
 from llmserve.engine.core import EngineCore
-from llmserve.engine.process import make_core
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.select import select_ops
 from llmserve.messages import EngineRequest, SamplingParams

@@ -16,11 +16,11 @@ import torch
 import zmq
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmserve.engine.assembly import make_core
 from llmserve.engine.core import EngineCore
 from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
 from llmserve.engine.loop import EngineLoop
 from llmserve.engine.overlap import OverlappedCore
-from llmserve.engine.process import make_core
 from llmserve.messages import EngineRequest, FromEngine, SamplingParams, Shutdown, StepOutputs
 from llmserve.worker.gpu_model_runner import GPUModelRunner
 from tests.engine.overlap_harness import Engines, Life

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.random_model import TINY, RandomWeights, prepare_random_model
-from llmserve.engine.process import make_core
+from llmserve.engine.assembly import make_core
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.select import select_ops
 from llmserve.messages import EngineRequest, SamplingParams
