@@ -153,6 +153,7 @@ class GPUModelRunner:
             for shape in chosen:
                 self._forward_graphs.capture(shape)
                 yield self.num_graphs
+            self._device.submit(self._clear_draws)
             for key in keys:
                 self._draw_graphs.capture(key)
                 yield self.num_graphs
@@ -164,8 +165,9 @@ class GPUModelRunner:
         most = StepShape(self.plan.max_num_batched_tokens, self.plan.max_num_seqs, len(self._drawn))
         few = StepShape(min(_FEW_TOKENS, most.num_tokens), 1, 1)
         for shape in (most, few):
-            self._device.submit(functools.partial(self._rows.clear_staged))
+            self._device.submit(self._rows.clear_staged)
             self._device.submit(functools.partial(self._forward, shape))
+            self._device.submit(self._clear_draws)
             self._device.submit(functools.partial(self._draw, (shape.num_draws, SAMPLING_MODES[-1])))
 
     def warm_up(self) -> None:
@@ -278,6 +280,10 @@ class GPUModelRunner:
         self._draw_positions[:num_draws] = step.draw_positions
         if keep_hidden:
             self._hidden = hidden
+
+    def _clear_draws(self) -> None:
+        """What a pass over padding alone leaves may be no number: nothing is to be drawn from it."""
+        self._draw_hidden.zero_()
 
     def _draw(self, key: DrawKey) -> None:
         """A token for each hidden state that `_forward` left."""
