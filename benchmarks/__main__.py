@@ -7,6 +7,7 @@ import sys
 
 MODULES = (
     "bench_scheduler",  # host cost of a step
+    "bench_overlap",  # host cost of a step launched ahead
     "bench_server",  # server process, a streamed token
     "bench_overload",  # ten times the capacity
     "bench_fairness",  # a flood beside a quiet tenant

@@ -13,7 +13,8 @@ import triton.testing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_products import product_rows
-from benchmarks.gpu_rows import DEVICE, Row, seconds, share
+from benchmarks.gpu_timing import DEVICE, seconds, share
+from benchmarks.row import Row
 from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, SamplingTensors
 from llmserve.kernels.triton.ops import TritonOps, create_triton_ops
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu_rows import DEVICE, Row, seconds, share
+from benchmarks.gpu_timing import DEVICE, seconds, share
+from benchmarks.row import Row
 from llmserve.kernels.moe_ops import Routing
 from llmserve.kernels.ops import LinearWeight
 from llmserve.kernels.triton.moe import TritonMoE

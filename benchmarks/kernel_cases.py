@@ -22,6 +22,7 @@ from llmserve.kernels.triton import (
     sampling,
     segment_sum,
     split_attention,
+    step_inputs,
 )
 from llmserve.kernels.triton.tables import attention_tiles
 from llmserve.kernels.triton.thresholds import MAX_CANDIDATES, SPAN, threshold_kernel
@@ -248,6 +249,24 @@ def kernel_cases() -> list[KernelCase]:
             {"ids_ptr": "*i64", "table_ptr": "*bf16", "out_ptr": "*bf16", "vocab_size": "i32"},
             {"SIZE": 4096, "BLOCK": 1024},
             max_registers=64,
+        ),
+        KernelCase(
+            "step inputs",
+            step_inputs.expand_kernel,
+            {
+                **dict.fromkeys(
+                    (
+                        *("rows_ptr", "null_row_ptr", "seq_rows_ptr", "num_computed_ptr", "query_start_ptr"),
+                        *("draw_tokens_ptr", "given_ptr", "seq_lens_ptr"),
+                    ),
+                    "*i32",
+                ),
+                **dict.fromkeys(("token_ids_ptr", "positions_ptr", "slots_ptr", "draw_positions_ptr"), "*i64"),
+                **dict.fromkeys(("num_tokens", "num_seqs", "num_draws"), "i32"),
+            },
+            {"WIDTH": 520, "BLOCK_SIZE": 16, "FIRST_BLOCK": 8, "LAST": 0, "STEPS": 9, "LANES": 128},
+            max_registers=64,
+            wide_loads=False,  # a lane a token: bound by its chain of loads
         ),
         KernelCase(
             "copy_blocks",

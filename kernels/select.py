@@ -58,4 +58,8 @@ def select_moe(ops: Ops) -> MoEOps:
 
 def select_step_ops(ops: Ops) -> StepOps:
     """What makes a step's inputs on the device of `ops`."""
-    return ReferenceStepOps()
+    if ops.name != "triton":
+        return ReferenceStepOps()
+    from llmserve.kernels.triton.step_inputs import TritonStepOps
+
+    return TritonStepOps()

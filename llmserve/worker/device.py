@@ -6,6 +6,7 @@ does all of it on the CPU, as late as it may, so that whoever does not wait read
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,6 +127,7 @@ class CudaDevice:
         torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def release_cached(self) -> None:
+        gc.collect()  # a runner and its graphs hold each other
         torch.cuda.empty_cache()
 
     def synchronize(self) -> None:

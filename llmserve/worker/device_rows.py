@@ -73,7 +73,7 @@ class DeviceRows:
         self._width = HEADER + max_blocks + -max_blocks % _ALIGNMENT
         self.rows = torch.zeros((max_num_seqs + 1, self._width), dtype=torch.int32, device=device.torch_device)
         self.rows[self._null_row, HEADER:] = null_block
-        capacity = 3 * max_num_seqs + 1 + 2 * max_draws + max_tokens + 2 * max_num_seqs * self._width
+        capacity = _end(StepShape(max_tokens, max_num_seqs, max_draws)) + 2 * max_num_seqs * self._width
         self._staged = torch.zeros(capacity, dtype=torch.int32, device=device.torch_device)
         # Two: one may still be on its way to the device while the next step is written to the other.
         self._buffers = [device.pinned(capacity, torch.int32) for _ in range(2)]
@@ -86,7 +86,7 @@ class DeviceRows:
         host: Int32Array = buffer.numpy()
         self._write(host, inputs, shape)
         cells, values = self._changes(output)
-        first = sum(_sizes(shape))
+        first = _end(shape)
         host[first : first + len(cells)] = cells
         host[first + len(cells) : first + 2 * len(cells)] = values
         staged = Staged(shape, len(cells), first + 2 * len(cells))
@@ -99,18 +99,21 @@ class DeviceRows:
 
     def step(self, shape: StepShape) -> StagedStep:
         """The tensors of a staged step: the same memory for every step of the shape."""
-        return StagedStep(*torch.split(self._staged[: sum(_sizes(shape))], list(_sizes(shape))))
+        return StagedStep(*(self._staged[first:end] for first, end in _parts(shape)))
 
     def changes(self, staged: Staged) -> tuple[torch.Tensor, torch.Tensor]:
         """Cells of `rows` and their new values."""
-        first = sum(_sizes(staged.shape))
+        first = _end(staged.shape)
         cells, values = torch.split(self._staged[first : staged.num_elements], staged.num_cells)
         return cells, values
 
     def sampling(self, draw_rows: torch.Tensor, positions: torch.Tensor, mode: SamplingMode) -> SamplingTensors:
         """Of the rows that draw, int32 [r], and the positions of the tokens to be drawn, int64 [r]."""
         header = self.rows[:, :HEADER].index_select(0, draw_rows)  # [r, HEADER]
-        columns = header.t().contiguous()
+        num_draws = len(draw_rows)
+        padded = num_draws + -num_draws % _ALIGNMENT
+        columns = torch.empty((HEADER, padded), dtype=torch.int32, device=header.device)[:, :num_draws]
+        columns.copy_(header.t())
         return SamplingTensors(
             temperature=columns[TEMPERATURE].view(torch.float32),
             top_k=columns[TOP_K].long(),
@@ -137,8 +140,9 @@ class DeviceRows:
 
     def _write(self, host: Int32Array, inputs: StepInputs, shape: StepShape) -> None:
         num_tokens, num_seqs = len(inputs.token_ids), len(inputs.rows)
-        pieces = np.split(host[: sum(_sizes(shape))], np.cumsum(_sizes(shape))[:-1])
-        rows, num_computed, query_start, draw_tokens, draw_rows, token_ids = pieces
+        rows, num_computed, query_start, draw_tokens, draw_rows, token_ids = (
+            host[first:end] for first, end in _parts(shape)
+        )
         rows[:num_seqs] = inputs.rows
         rows[num_seqs:] = self._null_row
         num_computed[:num_seqs] = inputs.seq_lens - np.diff(inputs.query_start)
@@ -156,7 +160,7 @@ class DeviceRows:
     def _changes(self, output: SchedulerOutput) -> tuple[Int32Array, Int32Array]:
         """Flat indices into `rows`, all different, and values."""
         batch = self._batch
-        entered = [new.request_id for new in output.new_requests] + list(output.resumed_requests)
+        entered = dict.fromkeys([new.request_id for new in output.new_requests] + list(output.resumed_requests))
         cells: list[Int32Array] = []
         values: list[Int32Array] = []
         for request_id in entered:
@@ -165,8 +169,8 @@ class DeviceRows:
             values += [self._header(row), table]
             cells.append(np.arange(HEADER + len(table), dtype=np.int32) + np.int32(row * self._width))
         for request_id, block_ids in output.new_block_ids.items():
-            if request_id in output.resumed_requests:
-                continue
+            if request_id in entered:
+                continue  # its table has them
             row = batch.row_of[request_id]
             first = row * self._width + HEADER + int(batch.num_blocks[row]) - len(block_ids)
             cells.append(np.arange(first, first + len(block_ids), dtype=np.int32))
@@ -188,7 +192,16 @@ class DeviceRows:
 _NONE: Int32Array = np.empty(0, dtype=np.int32)
 
 
-def _sizes(shape: StepShape) -> tuple[int, ...]:
-    """Of the parts of a `StagedStep`, in its order."""
+def _parts(shape: StepShape) -> list[tuple[int, int]]:
+    """Where the parts of a `StagedStep` stand, in its order. Aligned: a kernel is compiled for an alignment."""
     num_tokens, num_seqs, num_draws = shape
-    return (num_seqs, num_seqs, num_seqs + 1, num_draws, num_draws, num_tokens)
+    parts, first = [], 0
+    for size in (num_seqs, num_seqs, num_seqs + 1, num_draws, num_draws, num_tokens):
+        parts.append((first, first + size))
+        first += size + -size % _ALIGNMENT
+    return parts
+
+
+def _end(shape: StepShape) -> int:
+    first, end = _parts(shape)[-1]
+    return end + (first - end) % _ALIGNMENT

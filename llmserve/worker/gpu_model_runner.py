@@ -117,6 +117,7 @@ class GPUModelRunner:
         sizes = sorted({shape.num_draws for shape in self._shapes}, reverse=True)
         self._draw_keys: list[DrawKey] = [(size, mode) for size in sizes for mode in SAMPLING_MODES]
         self._lazily = graphs.lazily
+        self.num_largest_graphs = 1 + len(SAMPLING_MODES) if self._shapes else 0
         self._rows = DeviceRows(device, self.batch, plan.max_num_batched_tokens, max_draws, null_block=plan.num_blocks)
         at = device.torch_device
         self._draw_hidden = torch.zeros((max_draws, model.config.hidden_size), dtype=model.dtype, device=at)
@@ -145,13 +146,17 @@ class GPUModelRunner:
 
     @torch.inference_mode()
     def capture_step_by_step(self) -> Iterator[int]:
-        """Captures all graphs, the largest first; says after each how many there are."""
-        for shape in reversed(self._shapes):
-            self._forward_graphs.capture(shape)
-            yield self.num_graphs
-        for key in self._draw_keys:
-            self._draw_graphs.capture(key)
-            yield self.num_graphs
+        """Captures all graphs, the largest of each kind first; says after each how many there are."""
+        modes = len(SAMPLING_MODES)
+        shapes, draws = self._shapes[::-1], self._draw_keys
+        for chosen, keys in ((shapes[:1], draws[:modes]), (shapes[1:], draws[modes:])):
+            for shape in chosen:
+                self._forward_graphs.capture(shape)
+                yield self.num_graphs
+            self._device.submit(self._clear_draws)
+            for key in keys:
+                self._draw_graphs.capture(key)
+                yield self.num_graphs
 
     @torch.inference_mode()
     def run_largest_steps(self) -> None:
@@ -160,8 +165,9 @@ class GPUModelRunner:
         most = StepShape(self.plan.max_num_batched_tokens, self.plan.max_num_seqs, len(self._drawn))
         few = StepShape(min(_FEW_TOKENS, most.num_tokens), 1, 1)
         for shape in (most, few):
-            self._device.submit(functools.partial(self._rows.clear_staged))
+            self._device.submit(self._rows.clear_staged)
             self._device.submit(functools.partial(self._forward, shape))
+            self._device.submit(self._clear_draws)
             self._device.submit(functools.partial(self._draw, (shape.num_draws, SAMPLING_MODES[-1])))
 
     def warm_up(self) -> None:
@@ -274,6 +280,10 @@ class GPUModelRunner:
         self._draw_positions[:num_draws] = step.draw_positions
         if keep_hidden:
             self._hidden = hidden
+
+    def _clear_draws(self) -> None:
+        """What a pass over padding alone leaves may be no number: nothing is to be drawn from it."""
+        self._draw_hidden.zero_()
 
     def _draw(self, key: DrawKey) -> None:
         """A token for each hidden state that `_forward` left."""

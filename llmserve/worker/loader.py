@@ -21,7 +21,7 @@ from llmserve.models.loader import load_model
 from llmserve.models.parameters import LinearParameter, linear_parameters, weight_bytes
 from llmserve.models.quantization import choose_formats, describe_formats, resolve_quantization
 from llmserve.models.weights import WeightSource, open_weights
-from llmserve.worker.device import CudaDevice
+from llmserve.worker.device import CudaDevice, Device
 from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
 from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory, total_bytes, usable_bytes
 from llmserve.worker.memory_profile import measure_memory
@@ -54,7 +54,35 @@ class PreparedModel:
     def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner | GPUModelRunner:
         """Reads the weights and allocates the KV cache; on a GPU what is left for it is measured, so that the runner's
         plan is not quite this one. `progress` gets bytes done and bytes in all."""
-        model = load_model(
+        model = self.load_weights(progress)
+        if isinstance(self.ops, CPUOps):
+            torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
+        if self.device.type == "cuda" and self.ops.name == "triton":
+            return self.launching_runner(model, lambda: CudaDevice(self.device))
+        return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
+
+    def launching_runner(self, model: LlamaModel, open_device: Callable[[], Device]) -> GPUModelRunner:
+        """The runner of a device that is not waited for, warm. `open_device` is called once for the runner by which
+        memory is measured, and once for that which stays: their graphs share nothing."""
+        # What torch's own mixture of experts does is decided on the host, token by token: no graph can hold that.
+        is_capturable = self.model_config.moe is None or not isinstance(select_moe(self.ops), ReferenceMoE)
+        settings = GraphSettings.of(self.config, is_capturable)
+        step_ops = select_step_ops(self.ops)
+
+        def make(plan: MemoryPlan, device: Device) -> GPUModelRunner:
+            return GPUModelRunner(model, self.ops, step_ops, plan, self.dtype, device, settings)
+
+        measured = measure_memory(open_device(), make, self.plan, self.free_bytes)
+        weights = WeightPlan(self.plan.weight_format, measured.weights)
+        usable = self.plan.available_bytes
+        plan = plan_memory(self.config, self.model_config, weights, self.dtype, self.device, self.ops, usable, measured)
+        runner = make(plan, open_device())
+        runner.warm_up()
+        return runner
+
+    def load_weights(self, progress: Callable[[int, int], None] | None = None) -> LlamaModel:
+        """The model without a runner."""
+        return load_model(
             self.source,
             self.model_config,
             self.dtype,
@@ -64,31 +92,6 @@ class PreparedModel:
             max_model_len=self.plan.max_model_len,
             progress=progress,
         )
-        if isinstance(self.ops, CPUOps):
-            torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
-        if self.device.type == "cuda" and self.ops.name == "triton":
-            return self._load_on_gpu(model)
-        return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
-
-    def _load_on_gpu(self, model: LlamaModel) -> GPUModelRunner:
-        # What torch's own mixture of experts does is decided on the host, token by token: no graph can hold that.
-        is_capturable = self.model_config.moe is None or not isinstance(select_moe(self.ops), ReferenceMoE)
-        settings = GraphSettings.of(self.config, is_capturable)
-
-        def make(plan: MemoryPlan) -> GPUModelRunner:
-            return GPUModelRunner(
-                model, self.ops, select_step_ops(self.ops), plan, self.dtype, CudaDevice(self.device), settings
-            )
-
-        measured = measure_memory(CudaDevice(self.device), make, self.plan, self.free_bytes)
-        weights = WeightPlan(self.plan.weight_format, measured.weights)
-        available = self.plan.available_bytes
-        plan = plan_memory(
-            self.config, self.model_config, weights, self.dtype, self.device, self.ops, available, measured
-        )
-        runner = make(plan)
-        runner.warm_up()
-        return runner
 
 
 def prepare_model(config: EngineConfig) -> PreparedModel:

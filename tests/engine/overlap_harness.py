@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -13,15 +13,17 @@ import msgspec
 from llmserve.config import EngineConfig
 from llmserve.engine.core import EngineCore
 from llmserve.engine.overlap import OverlappedCore
-from llmserve.kernels.step_ops import ReferenceStepOps
+from llmserve.kernels.select import select_step_ops
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, FinishReason, SamplingParams, SequenceOutput
+from llmserve.models.llama import LlamaModel
 from llmserve.scheduler.adaptive_drafter import AdaptiveDrafter
 from llmserve.scheduler.budget import FixedBudget
 from llmserve.scheduler.drafts import Drafter, FixedDrafter, Proposal
 from llmserve.scheduler.lookahead import SettledDrafter
 from llmserve.scheduler.policy import make_policy
 from llmserve.scheduler.scheduler import Scheduler
+from llmserve.worker.device import Device
 from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
 from llmserve.worker.loader import PreparedModel, prepare_model
 from llmserve.worker.model_runner import ModelRunner
@@ -29,6 +31,15 @@ from tests.worker.fake_device import FakeDevice
 
 MAX_LEN = 192
 MAX_SEQS = 8
+CONFIG = EngineConfig(
+    dtype="float32",
+    quantization="none",
+    device="cpu",
+    max_model_len=MAX_LEN,
+    max_num_seqs=MAX_SEQS,
+    max_num_batched_tokens=64,
+    kv_cache_memory=2**24,
+)
 
 
 @dataclass
@@ -90,21 +101,26 @@ def adaptive_drafter(said: Mapping[str, Said], seed: int) -> Drafter:
 class Engines:
     """Makes engines over one loaded model."""
 
-    def __init__(self, path: Path) -> None:
-        config = EngineConfig(
-            model=str(path),
-            dtype="float32",
-            quantization="none",
-            device="cpu",
-            max_model_len=MAX_LEN,
-            max_num_seqs=MAX_SEQS,
-            max_num_batched_tokens=64,
-            kv_cache_memory=2**24,
-        )
-        self.prepared: PreparedModel = prepare_model(config)
-        loaded = self.prepared.load()
+    def __init__(
+        self, prepared: PreparedModel, model: LlamaModel, open_device: Callable[[], Device] = FakeDevice
+    ) -> None:
+        self.prepared = prepared
+        self.model = model
+        self.open_device = open_device
+
+    @classmethod
+    def from_folder(cls, path: Path) -> Engines:
+        """On the CPU."""
+        prepared = prepare_model(replace(CONFIG, model=str(path)))
+        loaded = prepared.load()
         assert isinstance(loaded, ModelRunner)
-        self.model = loaded.model
+        return cls(prepared, loaded.model)
+
+    @property
+    def fake(self) -> FakeDevice:
+        """The device of the last overlapped engine."""
+        assert isinstance(self.device, FakeDevice)
+        return self.device
 
     def plain(self, life: Life) -> EngineCore:
         """Schedule, execute, update."""
@@ -120,17 +136,18 @@ class Engines:
         life: Life,
         drafter: Drafter | None = None,
         graphs: GraphSettings | None = None,
-        device: FakeDevice | None = None,
     ) -> OverlappedCore:
         """A step ahead, on a device that does everything as late as it may."""
         prepared = self.prepared
         plan = msgspec.structs.replace(prepared.plan, num_blocks=life.num_blocks, max_num_batched_tokens=life.budget)
-        self.device = device or FakeDevice()
+        self.device = self.open_device()
+        step_ops = select_step_ops(prepared.ops)
         self.runner = GPUModelRunner(
-            self.model, prepared.ops, ReferenceStepOps(), plan, prepared.dtype, self.device, graphs or GraphSettings()
+            self.model, prepared.ops, step_ops, plan, prepared.dtype, self.device, graphs or GraphSettings()
         )
         self.runner.warm_up()
-        self.device.counts.clear()
+        if isinstance(self.device, FakeDevice):
+            self.device.counts.clear()
         settled = None if drafter is None else SettledDrafter(drafter)
         self.manager, budget = KVCacheManager(life.num_blocks, 16), FixedBudget(life.budget)
         scheduler = self._scheduler(self.manager, budget, settled)

@@ -48,13 +48,15 @@ class FakeDevice:
         self.torch_device = torch.device("cpu")
         self.counts: Counter[str] = Counter()
         self.ignores_events = False  # a fault to plant: an event that does not wait
+        self.is_working = False
         self.num_queued = 0
         self.num_behind: list[int] = []  # of each wait: pieces of work queued behind what it waited for
         self._num_done = 0
         self._queue: deque[Callable[[], None]] = deque()
         self._pinned: set[int] = set()
         self._total_bytes = total_bytes
-        self.allocated = 0  # told by the test
+        self.allocated = 0  # told by the test, with
+        self.cached = 0  # what of it no tensor uses
         self.peak = 0
 
     def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -97,7 +99,8 @@ class FakeDevice:
         self.peak = self.allocated
 
     def release_cached(self) -> None:
-        self.synchronize()
+        self.allocated -= self.cached
+        self.cached = 0
 
     def synchronize(self) -> None:
         self.counts["synchronisations"] += 1
@@ -118,6 +121,8 @@ class FakeDevice:
         """Does the work that was queued before the given point."""
         if self.ignores_events:
             return
+        self.is_working = True
         while self._num_done < number:
             self._num_done += 1
             self._queue.popleft()()
+        self.is_working = False

@@ -102,3 +102,27 @@ def test_random_lives_agree_with_a_plain_model_and_leave_no_row_taken() -> None:
     batch.apply(SchedulerOutput(finished_ids=list(alive)))
     assert batch.row_of == {}
     assert batch.params == {}
+
+
+def test_promised_tokens_find_their_requests_wherever_those_are() -> None:
+    """In their rows, parked by a preemption, gone, and replaced by others with the same row or id."""
+    batch = InputBatch(max_num_seqs=3, max_model_len=64, block_size=BLOCK)
+    names = ["stays", "parked", "gone"]
+    first = SchedulerOutput(dict.fromkeys(names, 2), new_requests=[new(n, [1, 2], [i]) for i, n in enumerate(names)])
+    inputs = step(batch, first)
+    draws = batch.promise(inputs)
+    assert batch.num_tokens[inputs.rows].tolist() == [3, 3, 3]
+    changed = SchedulerOutput(finished_ids=["gone"], preempted_ids=["parked"])
+    changed.new_requests = [new("gone", [7, 8, 9], [5]), new("other", [6] * 5, [6])]
+    changed.num_scheduled_tokens = {"stays": 1, "gone": 3, "other": 5}
+    following = step(batch, changed)
+    assert following.token_ids.tolist() == [-1, 7, 8, 9, 6, 6, 6, 6, 6]
+    batch.fulfil(draws, np.array([40, 41, 42]))
+    assert batch.output_token_ids(batch.row_of["stays"]).tolist() == [40]
+    assert batch.output_token_ids(batch.row_of["gone"]).tolist() == []
+    assert batch.output_token_ids(batch.row_of["other"]).tolist() == []
+    assert 41 not in batch.token_ids
+    assert 42 not in batch.token_ids
+    finished = SchedulerOutput(finished_ids=["other"], resumed_requests={"parked": ResumedRequestData([9], 0)})
+    finished.num_scheduled_tokens = {"parked": 3}
+    assert step(batch, finished).token_ids.tolist() == [1, 2, 41]

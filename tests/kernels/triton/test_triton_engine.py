@@ -6,20 +6,27 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import transformers
 
 from llmserve.config import EngineConfig
 from llmserve.engine.core import EngineCore
+from llmserve.engine.overlap import OverlappedCore
 from llmserve.kernels.ops import Ops
+from llmserve.kernels.triton.step_inputs import TritonStepOps
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, SamplingParams
 from llmserve.scheduler.budget import FixedBudget
 from llmserve.scheduler.policy import make_policy
 from llmserve.scheduler.scheduler import Scheduler
+from llmserve.worker.device import CudaDevice
+from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
 from llmserve.worker.loader import prepare_model
-from tests.kernels.triton.triton_cases import DEVICE, REFERENCE, SmallTileOps
+from llmserve.worker.model_runner import ModelRunner
+from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, REFERENCE, SmallTileOps
+from tests.worker.fake_device import FakeDevice
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +51,9 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answers(path: Path, ops: Ops, budget: int) -> list[list[int]]:
-    """Tokens of a greedy and two sampled requests, prompts cut by the budget of a step."""
+def answers(path: Path, ops: Ops, budget: int, *, overlapped: bool = False) -> list[list[int]]:
+    """Tokens of a greedy and two sampled requests, prompts cut by the budget of a step. `overlapped`: a step ahead, in
+    padded graphs, their inputs made by a kernel; on a device that a test can hold up, or the real one."""
     config = EngineConfig(
         model=str(path),
         dtype="float32",
@@ -55,12 +63,22 @@ def answers(path: Path, ops: Ops, budget: int) -> list[list[int]]:
         max_num_seqs=8,
         kv_cache_memory=2**22,
     )
-    runner = replace(prepare_model(config), ops=ops).load()
+    prepared = replace(prepare_model(config), ops=ops)
     tokens = FixedBudget(budget)
     scheduler = Scheduler(
         KVCacheManager(40, 16), policy=make_policy("fcfs"), budget=tokens, max_num_seqs=8, max_model_len=128
     )
-    core = EngineCore(scheduler, tokens, runner, time.monotonic)
+    core: EngineCore
+    if overlapped:
+        plan = msgspec.structs.replace(prepared.plan, num_blocks=40, max_num_batched_tokens=budget)
+        device = FakeDevice() if IS_INTERPRETED else CudaDevice(DEVICE)
+        runner = GPUModelRunner(
+            prepared.load_weights(), ops, TritonStepOps(), plan, prepared.dtype, device, GraphSettings(lazily=True)
+        )
+        core = OverlappedCore(scheduler, tokens, runner, time.monotonic)
+    else:
+        plain = ModelRunner(prepared.load_weights(), ops, prepared.plan, prepared.dtype, prepared.device)
+        core = EngineCore(scheduler, tokens, plain, time.monotonic)
     wanted = [
         SamplingParams(max_tokens=4, temperature=0.0, seed=1),
         SamplingParams(max_tokens=4, temperature=0.8, seed=5, top_k=20),
@@ -82,3 +100,4 @@ def test_the_engine_says_the_same_on_triton(tiny_qwen3: Path) -> None:
     assert [len(tokens) for tokens in expected] == [4, 4, 4]
     assert answers(tiny_qwen3, SmallTileOps(), 64) == expected
     assert answers(tiny_qwen3, SmallTileOps(split=16), 16) == expected
+    assert answers(tiny_qwen3, SmallTileOps(split=16), 16, overlapped=True) == expected

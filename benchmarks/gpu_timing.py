@@ -1,25 +1,15 @@
-"""A line of the table that `make gpu` writes, and how what is in it is timed."""
+"""How kernels are timed on this GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton.testing
 
+from benchmarks.row import Row
+
 DEVICE = torch.device("cuda")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what was expected before the run, and what came out."""
-
-    name: str
-    unit: str
-    target: str
-    predicted: str
-    result: str
 
 
 def seconds(run: Callable[[], object]) -> float:
