@@ -79,6 +79,12 @@ def parse_version(text: str) -> int | None:
     )
 
 
+def is_decoupled(served: Servable) -> bool:
+    """Whether a request may have any number of responses."""
+    decoupled: bool = served.config.model_transaction_policy.decoupled
+    return decoupled
+
+
 class DataPlane:
     """Every method raises only LLMServeError. `llms` is called whenever the index is asked for."""
 
@@ -203,15 +209,18 @@ class DataPlane:
 
     def is_decoupled(self, name: str, version: str = "") -> bool:
         """Whether a request may have any number of responses. Raises InferenceError."""
-        decoupled: bool = self._find(name, parse_version(version)).config.model_transaction_policy.decoupled
-        return decoupled
+        return is_decoupled(self.servable(name, version))
 
-    def infer(self, request: InferRequest) -> ResponseStream:
+    def servable(self, name: str, version: str = "") -> Servable:
+        """What `infer` would ask now. Raises InferenceError."""
+        return self._find(name, parse_version(version))
+
+    def infer(self, request: InferRequest, served: Servable | None = None) -> ResponseStream:
         """The responses to a request: iterate at once, close to cancel. Raises InferenceError at the call and while
-        iterating."""
+        iterating. `served`: what `servable` has just said, not to be looked up again."""
         if self._draining:
             raise InferenceError("the server is draining: send the request elsewhere", InferenceError.UNAVAILABLE)
-        served = self._find(request.model_name, parse_version(request.model_version))
+        served = served or self.servable(request.model_name, request.model_version)
         for output in request.outputs:
             if output.classification:
                 return _classified(served, request)
