@@ -37,6 +37,9 @@ EXTENSIONS = (
 )
 
 
+_MAX_VERSION_DIGITS = 20
+
+
 @dataclass(frozen=True, slots=True)
 class ServerMetadata:
     """Who answers, and which extensions of the protocol it speaks."""
@@ -70,8 +73,8 @@ def parse_version(text: str) -> int | None:
     """The version a request names; None for "" and -1, which let the server choose. Raises InferenceError."""
     if not text or text == "-1":
         return None
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
+    if text.isascii() and text.isdigit() and len(text) < _MAX_VERSION_DIGITS:
+        return int(text)  # 0 is a number that no version has
     raise InferenceError(
         f"failed to get model version from specified version string '{text[:64]}' (details: stol), "
         "version should be an integral value > 0",
