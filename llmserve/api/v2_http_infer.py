@@ -36,9 +36,13 @@ def find_single_response(model: str, version: str, plane: DataPlane) -> Servable
     """What serves the model. Raises InferenceError for one that may answer any number of times."""
     served = plane.servable(model, version)
     if is_decoupled(served):
-        raise InferenceError(
-            "HTTP end point doesn't support models with decoupled transaction policy", InferenceError.UNSUPPORTED
-        )
+        text = "HTTP end point doesn't support models with decoupled transaction policy"
+        if plane.is_language_model(model):
+            text += (
+                f": '{model}' is a language model, which answers POST /v1/chat/completions, and here "
+                f"/v2/models/{model}/generate"
+            )
+        raise InferenceError(text, InferenceError.UNSUPPORTED)
     return served
 
 

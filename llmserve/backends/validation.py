@@ -103,13 +103,16 @@ class RequestValidator:
         self._required = [name for name, spec in self._inputs.items() if not spec.optional]
         self._outputs = {tensor.name for tensor in config.output}
         # requests that fit, by all that was looked at: most that come are like one that came before
-        self._known: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], CheckedRequest] = {}
+        self._known: dict[Hashable, CheckedRequest] = {}
 
     def check(self, request: InferRequest) -> CheckedRequest:
         """Raises InvalidRequestError, which names the input or output."""
-        if request.outputs or request.parameters or request.timeout_us or request.priority or request.sequence_id:
+        if request.parameters or request.timeout_us or request.priority or request.sequence_id:
             return self._check(request)
-        look = tuple([(tensor.name, tensor.datatype, tensor.shape, len(tensor.data)) for tensor in request.inputs])
+        look = (
+            tuple([(tensor.name, tensor.datatype, tensor.shape, len(tensor.data)) for tensor in request.inputs]),
+            tuple([output.name for output in request.outputs]),
+        )
         known = self._known.get(look)
         if known is not None:
             return known.with_data([tensor.data for tensor in request.inputs])

@@ -277,6 +277,10 @@ class DataPlane:
                 raise InferenceError(f"Request for unknown model : {model}", InferenceError.INVALID_ARG) from None
         return self._trace.update(changes, model) if changes else self._trace.get(model)
 
+    def has_general_model(self, name: str) -> bool:
+        """Whether the repository has a model of that name, served or not."""
+        return self._repository.has(name)
+
     def is_language_model(self, name: str) -> bool:
         """Whether an LLM answers to that name."""
         return not self._repository.has(name) and any(llm.name == name for llm in self._llms())

@@ -50,7 +50,7 @@ def _command(process: psutil.Process) -> list[str]:
     [
         (EXIT, r"ended \(exit status 7\)"),
         (SYS_EXIT, r"ended \(exit status 8\)"),
-        (KILL, r"ended \(killed by signal 9\)"),
+        (KILL, r"ended \(killed by signal 9, as the kernel does when memory runs out\)"),
         (HANG, "has not answered for 0.3 s: it is hung"),
         (NONSENSE, "sent a message that cannot be read"),
         (DEAF, "ended|hung"),
