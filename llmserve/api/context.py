@@ -64,6 +64,12 @@ class ApiContext:
             raise InvalidRequestError(
                 f"The model {name!r} generates no text: it is for {_USES[self.pooling.kind(name)]}.", "model"
             )
+        if self.plane is not None and self.plane.has_general_model(name) and name not in self.models.names:
+            raise InvalidRequestError(
+                f"The model {name!r} is no language model. Ask it by POST /v2/models/{name}/infer; "
+                f"GET /v2/models/{name} says what it takes.",
+                "model",
+            )
         return self.models.get(name)
 
     def ready_generator(self, name: str | None) -> TextGenerator:

@@ -142,8 +142,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._exchange = None
         length = len(body) + sum(memoryview(part).nbytes for part in parts) if parts else len(body)
         lines: list[Part] = [STATUS_LINE[status], self._default_head()]
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
+        lines += [b"%b: %b\r\n" % header for header in headers]
         if not exchange.keep_alive:
             lines.append(b"connection: close\r\n")
         lines += (b"content-length: %d\r\n\r\n" % length, body)

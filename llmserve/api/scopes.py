@@ -5,6 +5,8 @@ Knows no key and no request.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 OPEN = "open"  # anyone: whether the server lives, and whether it is ready. Orchestrators carry no keys
 ANY = "any"  # whoever has a key
 INFER, METRICS, ADMIN = "infer", "metrics", "admin"
@@ -36,6 +38,7 @@ _GRPC = {
 }
 
 
+@lru_cache(1024)
 def http_scope(path: str) -> str:
     """The scope of an HTTP route. The same path, decoded, decides here and in the routers."""
     exact = _EXACT.get(path)

@@ -177,7 +177,7 @@ def _of_model(rest: list[str], call: HttpCall) -> tuple[str, Methods]:
 
 def is_version(text: str) -> bool:
     """Whether a path may name a version so."""
-    return text.isascii() and text.isdigit() and len(text) < 20
+    return text.isascii() and text.isdigit()
 
 
 def _of_shared_memory(kind: str, rest: list[str], call: HttpCall) -> tuple[str, Methods]:

@@ -68,7 +68,7 @@ async def log_settings(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     """Shows the log settings; a POST changes them first."""
     if call.method == "GET":
         return HttpAnswer(msgspec.json.encode(plane.log_settings.get()))
-    changes = await _object(call)
+    changes = parse_json_object(await call.read_body())
     for key, value in changes.items():
         if key in ("log_info", "log_warning", "log_error"):
             _boolean(value)
@@ -84,10 +84,15 @@ async def trace_settings(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     if call.method == "GET":
         return HttpAnswer(msgspec.json.encode(plane.trace_settings(call.model)))
     changes: dict[str, str | list[str] | None] = {}
-    for key, value in (await _object(call)).items():
+    known = plane.trace_settings().keys() - {"trace_mode"}  # which nobody can change, and Triton does not look at
+    for key, value in parse_json_object(await call.read_body()).items():
         if key == "trace_level" and value is not None:
-            if not isinstance(value, list) or not all(isinstance(level, str) for level in value):
+            if not isinstance(value, list):
                 raise MalformedRequestError("attempt to access JSON non-array as array", key)
+            if not all(isinstance(level, str) for level in value):
+                raise MalformedRequestError("attempt to access JSON non-string as string", key)
+        elif key not in known:
+            continue
         elif value is not None and not isinstance(value, str):
             raise MalformedRequestError("attempt to access JSON non-string as string", key)
         changes[key] = value

@@ -24,7 +24,7 @@ from llmserve.api.v2_http_call import (
     preferred_encoding,
     refused_answer,
 )
-from llmserve.api.v2_http_infer import check_single_response, read_infer, single_response, write_infer
+from llmserve.api.v2_http_infer import find_single_response, read_infer, single_response, write_infer
 from llmserve.api.v2_infer_json import InferCall
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.errors import LLMServeError
@@ -145,10 +145,10 @@ class _Call:
         """Hands the request to the model; its answer comes later."""
         owner, model, version, body = self._owner, self._route.model, self._route.version, self._exchange.body
         try:
-            check_single_response(model, version, owner.plane)
+            served = find_single_response(model, version, owner.plane)
             check_size(len(body), owner.settings.max_body_bytes)
             self._infer_call = read_infer(model, version, self._exchange.headers, body, owner.plane, owner.settings)
-            responses = owner.plane.infer(self._infer_call.request)
+            responses = owner.plane.infer(self._infer_call.request, served)
             if isinstance(responses, Answering) and responses.deliver(self._take):
                 self._cancel = responses.close
             else:

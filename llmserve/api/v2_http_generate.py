@@ -65,6 +65,8 @@ async def generate_stream(call: HttpCall, plane: DataPlane) -> None:
                         await _send_event(call, _write(response))
         except LLMServeError as error:
             if not call.started:
+                if isinstance(error, InvalidRequestError):
+                    raise  # it never came to the model: no stream has begun
                 await call.start(_status(error), _EVENT_STREAM)
             await _send_event(call, msgspec.json.encode({"error": error_text(error)}))
         if not call.started:
@@ -93,6 +95,8 @@ async def _read_request(call: HttpCall, plane: DataPlane) -> InferRequest:
         values = _decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         values = parse_json_object(body)
+        if not body.lstrip().startswith(b"{"):
+            raise MalformedRequestError("attempt to get members for non-object") from None
     if len(values) > call.settings.max_parameters:
         raise InvalidRequestError(f"a request has at most {call.settings.max_parameters} members")
     signature = {tensor.name: tensor for tensor in config.input}
@@ -101,10 +105,12 @@ async def _read_request(call: HttpCall, plane: DataPlane) -> InferRequest:
     _sort(values, signature, tensors, parameters, config.max_batch_size > 0, call.settings.max_json_depth)
     fields: CommonFields = read_parameters(parameters)
     request_id = values.get("id", "")
+    if not isinstance(request_id, str):
+        raise MalformedRequestError("Unable to parse 'id': attempt to access JSON non-string as string", "id")
     return InferRequest(
         model_name=call.model,
         model_version=call.version,
-        id=request_id if isinstance(request_id, str) else str(request_id),
+        id=request_id,
         inputs=list(tensors.values()),
         parameters=fields.parameters,
         priority=fields.priority,
@@ -129,7 +135,9 @@ def _sort(
             tensors[key] = _tensor(signature[key], value, batches, max_depth)
         elif key == "parameters" and values is not parameters:
             if not isinstance(value, dict):
-                raise MalformedRequestError("failed to get request params.: attempt to get members for non-object", key)
+                raise MalformedRequestError(
+                    "Expected JSON object for keyword: 'parameters': attempt to access JSON non-object as object", key
+                )
             nested = {name: item for name, item in value.items() if name != "parameters"}
             _sort(nested, signature, tensors, parameters, batches, max_depth)
             if "parameters" in value:
@@ -153,7 +161,9 @@ def _tensor(spec: ModelInput, value: Any, batches: bool, max_depth: int) -> Tens
     shape = tuple(len(values) // row if dim < 0 else dim for dim in dims)
     if math.prod(shape) != len(values):
         raise InvalidRequestError(
-            f"input '{spec.name}' has {len(values)} values, which do not fill the shape {list(dims)}", spec.name
+            f"The schema can not convert input '{spec.name}' to tensor with proper shape: it has {len(values)} values, "
+            f"which do not fill the shape {list(dims)}",
+            spec.name,
         )
     data = v2_tensors.encode_values(values, spec.name, datatype)
     return Tensor(spec.name, datatype, (1, *shape) if batches else shape, data)

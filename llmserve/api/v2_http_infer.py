@@ -10,15 +10,15 @@ from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.backends.validation import datatype_name
 from llmserve.errors import InferenceError, InvalidRequestError
 from llmserve.inference import InferResponse
-from llmserve.repository.data_plane import DataPlane
-from llmserve.repository.model_version import ResponseStream
+from llmserve.repository.data_plane import DataPlane, is_decoupled
+from llmserve.repository.model_version import ResponseStream, Servable
 
 _HEADER_LENGTH = b"inference-header-content-length"
 
 
 async def infer(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     """One request, one response. Raises LLMServeError."""
-    check_single_response(call.model, call.version, plane)
+    find_single_response(call.model, call.version, plane)
     body = await call.read_body()
     infer_call = read_infer(call.model, call.version, call.headers, body, plane, call.settings)
     with call.watch():
@@ -32,12 +32,18 @@ async def infer(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     return answer
 
 
-def check_single_response(model: str, version: str, plane: DataPlane) -> None:
-    """Raises InferenceError for a model that may answer any number of times."""
-    if plane.is_decoupled(model, version):
-        raise InferenceError(
-            "HTTP end point doesn't support models with decoupled transaction policy", InferenceError.UNSUPPORTED
-        )
+def find_single_response(model: str, version: str, plane: DataPlane) -> Servable:
+    """What serves the model. Raises InferenceError for one that may answer any number of times."""
+    served = plane.servable(model, version)
+    if is_decoupled(served):
+        text = "HTTP end point doesn't support models with decoupled transaction policy"
+        if plane.is_language_model(model):
+            text += (
+                f": '{model}' is a language model, which answers POST /v1/chat/completions, and here "
+                f"/v2/models/{model}/generate"
+            )
+        raise InferenceError(text, InferenceError.UNSUPPORTED)
+    return served
 
 
 async def single_response(responses: ResponseStream, model: str) -> InferResponse:

@@ -46,7 +46,7 @@ class _OutputJson(msgspec.Struct):
 class _RequestJson(msgspec.Struct):
     inputs: list[_InputJson]
     id: str = ""
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] = {}  # null is none, as Triton has it
     outputs: list[_OutputJson] | None = None
 
 
@@ -178,7 +178,7 @@ def write_response(response: InferResponse, call: InferCall) -> tuple[bytes, lis
 def _check_counts(parsed: _RequestJson, settings: V2HttpSettings) -> None:
     if len(parsed.inputs) > settings.max_inputs or len(parsed.outputs or ()) > settings.max_inputs:
         raise InvalidRequestError(f"a request has at most {settings.max_inputs} inputs and outputs", "inputs")
-    if len(parsed.parameters or ()) > settings.max_parameters:
+    if len(parsed.parameters) > settings.max_parameters:
         raise InvalidRequestError(f"a request has at most {settings.max_parameters} parameters", "parameters")
 
 
@@ -241,9 +241,7 @@ def _read_outputs(outputs: list[_OutputJson], request: InferRequest, fields: Com
             raise MalformedRequestError(
                 "Unable to parse 'binary_data': attempt to access JSON non-boolean as boolean", item.name
             )
-        classification = unsigned(parameters.get("classification", 0), "classification")
-        if "classification" in parameters and not classification:
-            raise InvalidRequestError(f"'classification' of output '{item.name}' must be at least 1", item.name)
+        classification = unsigned(parameters.get("classification", 0), "classification", "set")  # 0: not asked for
         binary[item.name] = wanted
         request.outputs.append(RequestedOutput(item.name, classification))
     return binary
@@ -282,7 +280,7 @@ def _read_slowly(header: bytes) -> _RequestJson:
     request = _RequestJson(inputs)
     if "id" in value:
         request.id = _member(value, "id", str)
-    if value.get("parameters") is not None:
+    if "parameters" in value:
         if not isinstance(value["parameters"], dict):
             raise MalformedRequestError("failed to get request params.: attempt to get members for non-object")
         request.parameters = value["parameters"]

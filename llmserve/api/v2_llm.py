@@ -105,7 +105,14 @@ class LanguageModel:
     async def _read(self, request: InferRequest) -> tuple[bool, GenerationSpec]:
         """Whether to stream, and what to generate. Raises InvalidRequestError."""
         begin_s = time.monotonic()
-        self._validator.check(request)
+        try:
+            self._validator.check(request)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(
+                f"{error.message.rstrip()} {self.name!r} is a language model: its input is 'text_input' "
+                f"(POST /v2/models/{self.name}/generate), and it answers POST /v1/chat/completions.",
+                error.param,
+            ) from error
         inputs = {tensor.name: decode_values(tensor)[0] for tensor in request.inputs}
         values: dict[str, Any] = {key: value for key, value in request.parameters.items() if key != "id"}
         values.update(_sampling_parameters(inputs.get("sampling_parameters", "")))

@@ -77,12 +77,12 @@ def read_parameters(parameters: Mapping[str, Any] | None) -> CommonFields:
     return fields
 
 
-def unsigned(value: Any, key: str) -> int:
-    """An integer of 0 to 2**64 - 1. Raises MalformedRequestError."""
+def unsigned(value: Any, key: str, verb: str = "parse") -> int:
+    """An integer of 0 to 2**64 - 1. Raises MalformedRequestError, which says that one cannot `verb` it."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64:
         return value
     raise MalformedRequestError(
-        f"Unable to parse '{key}': attempt to access JSON non-unsigned-integer as unsigned-integer", key
+        f"Unable to {verb} '{key}': attempt to access JSON non-unsigned-integer as unsigned-integer", key
     )
 
 

@@ -29,22 +29,17 @@ class BatchLog:
     """The last of them."""
 
     def __init__(self) -> None:
-        self._records: deque[BatchRecord] = deque(maxlen=NUM_EXPLAINED)
+        self._records: deque[tuple[float, str, Batch, int]] = deque(maxlen=NUM_EXPLAINED)
 
     def add(self, batch: Batch, instance: str, waited_ns: int) -> None:
         """A batch that an instance gets now."""
-        self._records.append(
-            BatchRecord(
-                time.time(),
-                instance,
-                len(batch.requests),
-                batch.rows,
-                batch.reason.value,
-                waited_ns * 1e-6,
-                batch.num_left,
-            )
-        )
+        self._records.append((time.time(), instance, batch, waited_ns))
 
     def entries(self) -> list[dict[str, Any]]:
         """As plain JSON values, the newest first."""
-        return [asdict(record) for record in reversed(self._records)]
+        return [asdict(_record(*entry)) for entry in reversed(self._records)]
+
+
+def _record(time_s: float, instance: str, batch: Batch, waited_ns: int) -> BatchRecord:
+    num_requests = len(batch.requests)
+    return BatchRecord(time_s, instance, num_requests, batch.rows, batch.reason.value, waited_ns * 1e-6, batch.num_left)

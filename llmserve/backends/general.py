@@ -286,7 +286,9 @@ class GeneralModel:
         for request in self._batcher.expire(now_s):
             error = DeadlineExceededError("Request timeout expired")
             self._in_flight.fail(self._in_flight[request.id], error, FailureReason.REJECTED)
-        while (instance := self._loads.next()) and (batch := self._batcher.next_batch(now_s)) is not None:
+        while self._batcher and (instance := self._loads.next()) is not None:
+            if (batch := self._batcher.next_batch(now_s)) is None:
+                break
             self._execute(instance, batch)
         if not self._batcher:
             return

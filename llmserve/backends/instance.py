@@ -314,4 +314,6 @@ class InstanceProcess:
 
 
 def _describe_exit(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "killed by signal 9, as the kernel does when memory runs out"
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -37,6 +37,9 @@ EXTENSIONS = (
 )
 
 
+_MAX_VERSION_DIGITS = 20
+
+
 @dataclass(frozen=True, slots=True)
 class ServerMetadata:
     """Who answers, and which extensions of the protocol it speaks."""
@@ -70,13 +73,19 @@ def parse_version(text: str) -> int | None:
     """The version a request names; None for "" and -1, which let the server choose. Raises InferenceError."""
     if not text or text == "-1":
         return None
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
+    if text.isascii() and text.isdigit() and len(text) < _MAX_VERSION_DIGITS:
+        return int(text)  # 0 is a number that no version has
     raise InferenceError(
         f"failed to get model version from specified version string '{text[:64]}' (details: stol), "
         "version should be an integral value > 0",
         InferenceError.INVALID_ARG,
     )
+
+
+def is_decoupled(served: Servable) -> bool:
+    """Whether a request may have any number of responses."""
+    decoupled: bool = served.config.model_transaction_policy.decoupled
+    return decoupled
 
 
 class DataPlane:
@@ -203,15 +212,18 @@ class DataPlane:
 
     def is_decoupled(self, name: str, version: str = "") -> bool:
         """Whether a request may have any number of responses. Raises InferenceError."""
-        decoupled: bool = self._find(name, parse_version(version)).config.model_transaction_policy.decoupled
-        return decoupled
+        return is_decoupled(self.servable(name, version))
 
-    def infer(self, request: InferRequest) -> ResponseStream:
+    def servable(self, name: str, version: str = "") -> Servable:
+        """What `infer` would ask now. Raises InferenceError."""
+        return self._find(name, parse_version(version))
+
+    def infer(self, request: InferRequest, served: Servable | None = None) -> ResponseStream:
         """The responses to a request: iterate at once, close to cancel. Raises InferenceError at the call and while
-        iterating."""
+        iterating. `served`: what `servable` has just said, not to be looked up again."""
         if self._draining:
             raise InferenceError("the server is draining: send the request elsewhere", InferenceError.UNAVAILABLE)
-        served = self._find(request.model_name, parse_version(request.model_version))
+        served = served or self.servable(request.model_name, request.model_version)
         for output in request.outputs:
             if output.classification:
                 return _classified(served, request)
@@ -264,6 +276,10 @@ class DataPlane:
             except InferenceError:
                 raise InferenceError(f"Request for unknown model : {model}", InferenceError.INVALID_ARG) from None
         return self._trace.update(changes, model) if changes else self._trace.get(model)
+
+    def has_general_model(self, name: str) -> bool:
+        """Whether the repository has a model of that name, served or not."""
+        return self._repository.has(name)
 
     def is_language_model(self, name: str) -> bool:
         """Whether an LLM answers to that name."""

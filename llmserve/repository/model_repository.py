@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 ProgressOf = Callable[[str], Progress]  # by the model's name
 
-_NOT_EXPLICIT = "explicit model load / unload is not allowed if polling is enabled"
+_NOT_EXPLICIT = (
+    "explicit model load / unload is not allowed if polling is enabled: models are loaded and unloaded by request only "
+    "where the server was started with --model-control-mode=explicit"
+)
 
 
 class ModelRepository:

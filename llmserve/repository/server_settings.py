@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 
 from llmserve.errors import InferenceError, InvalidRequestError
@@ -10,6 +11,7 @@ from llmserve.errors import InferenceError, InvalidRequestError
 _LINE = "%(asctime)s %(levelname)s %(message)s"
 _DATES = {"default": "%H:%M:%S", "ISO8601": "%Y-%m-%dT%H:%M:%S%z"}
 _TRACE_LEVELS = frozenset(("OFF", "TIMESTAMPS", "TENSORS"))
+_TRACE_RANGES = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}
 
 LogValue = bool | int | str
 TraceValue = str | list[str]
@@ -40,7 +42,7 @@ class LogSettings:
             )
         log_format = changes.get("log_format", "default")
         if log_format not in _DATES:
-            raise InvalidRequestError(f"invalid argument for log_format: {log_format!r}", "log_format")
+            raise InvalidRequestError(f"invalid argument for --log_format, got: {str(log_format)[:64]}", "log_format")
         self._values.update({key: value for key, value in changes.items() if key in self._values})
         if "log_format" in changes:
             for handler in logging.getLogger().handlers:
@@ -62,7 +64,8 @@ class LogSettings:
 
 
 class TraceSettings:
-    """Triton's trace settings, global ones and a model's own. They are kept and shown; nothing is traced yet."""
+    """Triton's trace settings, global ones and a model's own. No trace file is written (`--otel` and the request log
+    tell where a request's time went), so a level cannot be switched on, as in a Triton that was given no file."""
 
     def __init__(self) -> None:
         self._values: dict[str, TraceValue] = {
@@ -81,25 +84,48 @@ class TraceSettings:
         return {**self._values, **self._of_models.get(model, {})}
 
     def update(self, changes: Mapping[str, TraceValue | None], model: str = "") -> dict[str, TraceValue]:
-        """Applies what is known of `changes`; None goes back to the level above. Raises InferenceError."""
+        """Applies what is known of `changes`; None goes back to the level above.
+
+        Raises InferenceError, InvalidRequestError, in Triton's words; then nothing has changed.
+        """
         if "trace_file" in changes:
             raise InferenceError(
                 "trace file location can not be updated through network protocol", InferenceError.UNSUPPORTED
             )
+        known = {key: value for key, value in changes.items() if key in self._values and key != "trace_mode"}
+        checked = {key: _trace_value(key, value) for key, value in known.items() if value is not None}
         target = self._of_models.setdefault(model, {}) if model else self._values
-        for key, value in changes.items():
-            if key not in self._values or key == "trace_mode":
-                continue
-            if value is None and model:
+        for key in known.keys() - checked.keys():
+            if model:
                 target.pop(key, None)
-            elif value is None:
+            else:
                 target[key] = self._defaults[key]
-            elif key != "trace_level":
-                target[key] = value
-            elif levels := [level for level in value if level in _TRACE_LEVELS]:
-                target[key] = levels
+        target.update(checked)
         return self.get(model)
 
     def forget(self, model: str) -> None:
         """Drops a model's own settings."""
         self._of_models.pop(model, None)
+
+
+def _trace_value(key: str, value: TraceValue) -> TraceValue:
+    """A setting as it is kept. Raises InvalidRequestError."""
+    if key == "trace_level":
+        levels = [level for level in value if level in _TRACE_LEVELS]
+        if "OFF" in levels and len(levels) > 1:
+            raise InvalidRequestError("Expect only one trace level 'OFF' is specified", key)
+        if levels and levels != ["OFF"]:
+            raise InvalidRequestError("Attempting to set invalid trace setting :trace file name is not given", key)
+        return ["OFF"]
+    text = str(value)
+    least, most = _TRACE_RANGES[key]
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise InvalidRequestError(f"Unable to parse '{key}', got: {text[:64]}", key)
+    number = int(text)
+    if key == "trace_count" and number < least:
+        raise InvalidRequestError(f"Unable to parse '{key}'. Expecting value >= {least}, got:{number}", key)
+    if not least <= number <= most:
+        raise InvalidRequestError(
+            f"Unable to parse '{key}', value is out of range [ {least}, {most} ], got: {number}", key
+        )
+    return str(number)

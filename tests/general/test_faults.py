@@ -50,7 +50,7 @@ def _command(process: psutil.Process) -> list[str]:
     [
         (EXIT, r"ended \(exit status 7\)"),
         (SYS_EXIT, r"ended \(exit status 8\)"),
-        (KILL, r"ended \(killed by signal 9\)"),
+        (KILL, r"ended \(killed by signal 9, as the kernel does when memory runs out\)"),
         (HANG, "has not answered for 0.3 s: it is hung"),
         (NONSENSE, "sent a message that cannot be read"),
         (DEAF, "ended|hung"),
@@ -87,6 +87,54 @@ def test_a_model_that_raises_goes_on_in_its_process(tmp_path: Path, mood: int, t
                 await infer(model, INPUT0=fp32(mood))
             assert (await infer(model, INPUT0=fp32(0)))["OUTPUT0"] == 0
             assert model.pids == pids
+
+    asyncio.run(scenario())
+
+
+# its first input's first element says how many MiB it takes, in steps, under a limit of its own; it answers with its id
+HUNGRY = """
+import os, resource, signal
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.killed = LIKE_THE_KERNEL
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+
+    def execute(self, requests):
+        (request,) = requests
+        taken = []
+        try:
+            for _ in range(int(request.inputs()[0].as_numpy()[0])):
+                taken.append(bytearray(1 << 20))
+        except MemoryError:
+            taken.clear()
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", np.array([os.getpid()], np.float32))])]
+"""
+
+
+@pytest.mark.parametrize("kills", [False, True], ids=["raises", "is killed by the kernel"])
+def test_a_model_that_runs_out_of_memory_costs_that_request(tmp_path: Path, kills: bool) -> None:
+    async def scenario() -> None:
+        source = HUNGRY.replace("LIKE_THE_KERNEL", str(kills))
+        async with running(tmp_path, {"model.py": source}, min_backoff_s=0.2) as model:
+            before = int((await infer(model, INPUT0=fp32(1)))["OUTPUT0"][0])
+            said = "killed by signal 9, as the kernel does when memory runs out" if kills else "MemoryError"
+            for _ in range(2):
+                with pytest.raises(ModelExecutionError, match=said):
+                    await infer(model, INPUT0=fp32(10_000))
+                if not kills:
+                    continue
+                assert not model.is_ready()
+                await until(model.is_ready)  # the second time after a pause
+            after = int((await infer(model, INPUT0=fp32(1)))["OUTPUT0"][0])
+            assert (after == before) is not kills
+            assert model.statistics().fail.count == 2
 
     asyncio.run(scenario())
 

@@ -95,10 +95,10 @@ def ask(server: V2Server) -> Ask:
         ("GET", "/v2/models/echo/infer", 405),
         ("POST", "/v2/models/echo", 405),
         ("GET", "/v2/models/echo/versions/1", 200),
-        ("GET", "/v2/models/echo/versions/0", 400),
+        ("GET", "/v2/models/echo/versions/0", 404),
         ("GET", "/v2/models/echo/versions/01/config", 200),
         ("GET", "/v2/models/echo/versions/x", 404),
-        ("GET", "/v2/models/echo/versions/99999999999999999999999", 404),
+        ("GET", "/v2/models/echo/versions/99999999999999999999999", 400),
         ("GET", "/v2/models/echo/explain", 200),
         ("GET", "/v2/models/nope/explain", 404),
         ("GET", "/v2/models//infer", 404),
@@ -134,7 +134,7 @@ def test_log_settings(ask: Ask) -> None:
         assert ask("POST", "/v2/logging", {"log_verbose_level": 0, "log_info": False})[0] == 200
         assert ours.level == logging.WARNING
         status, answer, _ = ask("POST", "/v2/logging", {"log_format": "xml"})
-        assert (status, answer) == (400, {"error": "invalid argument for log_format: 'xml'"})
+        assert (status, answer) == (400, {"error": "invalid argument for --log_format, got: xml"})
         assert ask("GET", "/v2/logging")[1]["log_info"] is False
     finally:
         ours.setLevel(before)
@@ -185,7 +185,6 @@ def test_a_body_without_a_length_is_counted(server: V2Server) -> None:
         ({**BODY, "parameters": {str(n): n for n in range(9)}}, "at most 8 parameters"),
         ({**BODY, "outputs": [{"name": "OUTPUT0"}] * 2}, "requested more than once"),
         ({**BODY, "parameters": {"big": 2**70}}, "range of 64-bit integers"),
-        ({**BODY, "outputs": [{"name": "OUTPUT0", "parameters": {"classification": 0}}]}, "must be at least 1"),
     ],
 )
 def test_counts_have_limits(ask: Ask, body: Any, complaint: str) -> None:
