@@ -111,7 +111,7 @@ class GPUModelRunner:
         self._ops = ops
         self._step_ops = step_ops
         self._device = device
-        self._prompts = PromptScorer(model, self.batch)
+        self._prompts = PromptScorer(model, ops, self.batch)
         max_draws = plan.max_num_seqs + MAX_STEP_DRAFTS
         self._shapes = step_shapes(plan.max_num_seqs, plan.max_num_batched_tokens, graphs.max_size)
         sizes = sorted({shape.num_draws for shape in self._shapes}, reverse=True)

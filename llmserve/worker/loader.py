@@ -23,7 +23,7 @@ from llmserve.models.quantization import choose_formats, describe_formats, resol
 from llmserve.models.weights import WeightSource, open_weights
 from llmserve.worker.device import CudaDevice
 from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
-from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory, total_bytes, usable_bytes
+from llmserve.worker.memory import WeightPlan, available_bytes, cache_dtype, plan_memory, total_bytes, usable_bytes
 from llmserve.worker.memory_profile import measure_memory
 from llmserve.worker.model_runner import ModelRunner
 
@@ -68,7 +68,7 @@ class PreparedModel:
             torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
         if self.device.type == "cuda" and self.ops.name == "triton":
             return self._load_on_gpu(model)
-        return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
+        return ModelRunner(model, self.ops, self.plan, cache_dtype(self.plan), self.device)
 
     def _load_on_gpu(self, model: LlamaModel) -> GPUModelRunner:
         # What torch's own mixture of experts does is decided on the host, token by token: no graph can hold that.
@@ -77,7 +77,7 @@ class PreparedModel:
 
         def make(plan: MemoryPlan) -> GPUModelRunner:
             return GPUModelRunner(
-                model, self.ops, select_step_ops(self.ops), plan, self.dtype, CudaDevice(self.device), settings
+                model, self.ops, select_step_ops(self.ops), plan, cache_dtype(plan), CudaDevice(self.device), settings
             )
 
         measured = measure_memory(CudaDevice(self.device), make, self.plan, self.free_bytes)
