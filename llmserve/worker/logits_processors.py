@@ -8,7 +8,9 @@ formulas are those of vLLM's sampler: allowed ids, minimum length, bad words, lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ from llmserve.kernels.ops import MAX_COUNT, MAX_ENTRIES, LogitAdjustments
 from llmserve.messages import SamplingParams
 
 TokenArray = npt.NDArray[np.int32]
+Submit = Callable[[Callable[[], None]], None]
 _NEVER = float("-inf")
 _FOREVER = 2**62
 
@@ -44,10 +47,12 @@ class BadWords:
 class AdjustmentTables:
     """The tables of `LogitAdjustments`, a row for each sequence that may run at once and one for padding."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        """Allocates `table_bytes`; on a CPU memory is taken only as rows are written."""
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device, submit: Submit | None = None) -> None:
+        """Allocates `table_bytes`; on a CPU memory is taken only as rows are written: by `submit`, behind all that the
+        device was asked for before, if it computes while the host goes on."""
         self._vocab_size = vocab_size
         self._device = device
+        self._submit = submit or _at_once
         num_slots = max_num_seqs + 1
         self._is_used = np.zeros(num_slots, dtype=np.bool_)
         rows, entries = (num_slots,), (num_slots, MAX_ENTRIES)
@@ -68,23 +73,17 @@ class AdjustmentTables:
 
     def enter(self, row: int, params: SamplingParams, prompt: TokenArray, output: TokenArray) -> None:
         """A sequence takes a row of the batch, with what it has generated before."""
-        entries = _entries(params, len(prompt))
+        entries = sorted(_entries(params, len(prompt)))
+        assert len(entries) <= MAX_ENTRIES  # the API bounds biases, bad words and stop tokens
+        was_used = self._is_used[row]
         is_used = bool(entries) or is_penalised(params) or params.allowed_token_ids is not None
-        tables = self._tables
-        if is_used or self._is_used[row]:
-            tables.is_used[row] = is_used
         self._is_used[row] = is_used
-        if not is_used:
-            return
-        self._write_bitmask(row, params.allowed_token_ids)
-        self._write_entries(row, entries)
-        tables.repetition[row] = params.repetition_penalty
-        tables.frequency[row] = params.frequency_penalty
-        tables.presence[row] = params.presence_penalty
-        if is_penalised(params):
-            counts = np.bincount(output, minlength=self._vocab_size).clip(max=MAX_COUNT) * 2
-            counts[prompt] |= 1
-            tables.token_counts[row] = torch.from_numpy(counts.astype(np.int16)).to(self._device)
+        if is_used:
+            words = None if params.allowed_token_ids is None else self._words(params.allowed_token_ids)
+            counts = self._counts(prompt, output) if is_penalised(params) else None
+            self._submit(partial(self._write, row, params, words, entries, counts))
+        elif was_used:
+            self._submit(partial(self._release, row))
 
     def are_used(self, rows: npt.NDArray[np.int64]) -> bool:
         """Whether anything is to be done to the logits of sequences in these rows of the batch."""
@@ -94,23 +93,50 @@ class AdjustmentTables:
         """The adjustments of logits whose sequences stand in these rows of the batch, int64 [r] on the device."""
         return replace(self._tables, slots=slots)
 
-    def _write_bitmask(self, row: int, allowed: list[int] | None) -> None:
-        self._tables.is_masked[row] = allowed is not None
-        if allowed is not None:
-            words = np.zeros(self._tables.bitmask.shape[1], dtype=np.uint32)
-            ids = np.asarray(allowed, dtype=np.int64)
-            np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
-            self._tables.bitmask[row] = torch.from_numpy(words.view(np.int32)).to(self._device)
+    def _release(self, row: int) -> None:
+        self._tables.is_used[row] = 0
 
-    def _write_entries(self, row: int, entries: list[tuple[int, float, int]]) -> None:
-        assert len(entries) <= MAX_ENTRIES  # the API bounds biases, bad words and stop tokens
-        self._tables.num_entries[row] = len(entries)
+    def _write(
+        self,
+        row: int,
+        params: SamplingParams,
+        words: torch.Tensor | None,
+        entries: list[tuple[int, float, int]],
+        counts: torch.Tensor | None,
+    ) -> None:
+        tables, device = self._tables, self._device
+        tables.is_used[row] = 1
+        tables.is_masked[row] = words is not None
+        if words is not None:
+            tables.bitmask[row] = words.to(device)
+        tables.num_entries[row] = len(entries)
         if entries:
-            ids, values, until = zip(*sorted(entries), strict=True)
-            tables = self._tables
-            tables.entry_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32, device=self._device)
-            tables.entry_values[row, : len(ids)] = torch.tensor(values, dtype=torch.float32, device=self._device)
-            tables.entry_until[row, : len(ids)] = torch.tensor(until, dtype=torch.int64, device=self._device)
+            ids, values, until = zip(*entries, strict=True)
+            tables.entry_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32, device=device)
+            tables.entry_values[row, : len(ids)] = torch.tensor(values, dtype=torch.float32, device=device)
+            tables.entry_until[row, : len(ids)] = torch.tensor(until, dtype=torch.int64, device=device)
+        tables.repetition[row] = params.repetition_penalty
+        tables.frequency[row] = params.frequency_penalty
+        tables.presence[row] = params.presence_penalty
+        if counts is not None:
+            tables.token_counts[row] = counts.to(device)
+
+    def _words(self, allowed: list[int]) -> torch.Tensor:
+        """A row of the bitmask."""
+        words = np.zeros(-(-self._vocab_size // 32), dtype=np.uint32)
+        ids = np.asarray(allowed, dtype=np.int64)
+        np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+        return torch.from_numpy(words.view(np.int32))
+
+    def _counts(self, prompt: TokenArray, output: TokenArray) -> torch.Tensor:
+        """A row of `token_counts`."""
+        counts = np.bincount(output, minlength=self._vocab_size).clip(max=MAX_COUNT) * 2
+        counts[prompt] |= 1
+        return torch.from_numpy(counts.astype(np.int16))
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 def table_bytes(max_num_seqs: int, vocab_size: int) -> int:

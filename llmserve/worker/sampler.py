@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from llmserve.kernels.ops import LogitAdjustments, Ops, SamplingTensors
 from llmserve.messages import TokenLogprobs
 from llmserve.scheduler.output import SchedulerOutput
 from llmserve.worker.input_batch import InputBatch, IntArray, StepInputs
-from llmserve.worker.logits_processors import AdjustmentTables, BadWords, bad_sequences
+from llmserve.worker.logits_processors import AdjustmentTables, BadWords, Submit, bad_sequences
 
 T = TypeVar("T")
 
@@ -29,11 +28,14 @@ class SamplerOutput:
 class Sampler:
     """Keeps what each request asks of its draws for as long as the request lives."""
 
-    def __init__(self, ops: Ops, batch: InputBatch, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, ops: Ops, batch: InputBatch, vocab_size: int, device: torch.device, submit: Submit | None = None
+    ) -> None:
+        """`submit`: see `AdjustmentTables`, which is `tables`."""
         self._ops = ops
         self._batch = batch
         self._device = device
-        self._tables = AdjustmentTables(len(batch.temperature), vocab_size, device)
+        self.tables = AdjustmentTables(len(batch.temperature), vocab_size, device, submit)
         self._bad_words: dict[str, BadWords] = {}
         self._with_logprobs: dict[str, int] = {}
 
@@ -50,13 +52,12 @@ class Sampler:
         for request_id in (*(new.request_id for new in output.new_requests), *output.resumed_requests):
             row, batch = self._batch.row_of[request_id], self._batch
             prompt, generated = batch.prompt_token_ids(row), batch.output_token_ids(row)
-            self._tables.enter(row, batch.params[request_id], prompt, generated)
+            self.tables.enter(row, batch.params[request_id], prompt, generated)
 
     def settles_on_host(self, request_ids: Sequence[str]) -> bool:
         """Whether the host has a part in choosing some request's tokens, or in what is told of them."""
         asked = self._bad_words.keys() | self._with_logprobs.keys()
-        rows = np.array([self._batch.row_of[request_id] for request_id in request_ids], dtype=np.int64)
-        return self._tables.are_used(rows) or not asked.isdisjoint(request_ids)
+        return bool(asked) and not asked.isdisjoint(request_ids)
 
     def sample(self, logits: torch.Tensor, inputs: StepInputs) -> SamplerOutput:
         """logits float32 [r, vocab] of `inputs.sample_rows`. Changes `logits`.
@@ -67,8 +68,8 @@ class Sampler:
         rows = inputs.rows[inputs.sample_sequences]
         positions = inputs.positions[inputs.sample_rows] + 1
         adjustments = None
-        if self._tables.are_used(rows):
-            adjustments = self._tables.of(torch.from_numpy(rows).to(self._device))
+        if self.tables.are_used(rows):
+            adjustments = self.tables.of(torch.from_numpy(rows).to(self._device))
         asked = self._rows_with(self._with_logprobs, inputs)
         is_changed = adjustments is not None or bool(self._bad_words)
         asked_rows = torch.tensor(list(asked), device=self._device)
