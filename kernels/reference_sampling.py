@@ -51,6 +51,8 @@ def _draw(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
     if sampling.all_greedy:
         return greedy_ids
     rows = torch.nonzero(sampling.temperature > 0).flatten()
+    if not len(rows):
+        return greedy_ids
     scaled = logits[rows] / sampling.temperature[rows, None]
     if sampling.any_min_p:
         scaled = apply_min_p(scaled, sampling.min_p[rows])

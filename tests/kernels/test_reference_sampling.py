@@ -162,6 +162,8 @@ def test_greedy_takes_the_smallest_id_among_equals():
     mixed = sampling(3, temperature=torch.tensor([0.0, 0.0, 1.0]))
     assert ReferenceOps().sample(logits, mixed)[:2].tolist() == [1, 2]
     assert ReferenceOps().sample(logits, sampling(3, temperature=torch.zeros(3), all_greedy=True)).tolist() == [1, 2, 0]
+    unsaid = sampling(3, temperature=torch.zeros(3), any_top_k=True, any_top_p=True, any_min_p=True)
+    assert ReferenceOps().sample(logits, unsaid).tolist() == [1, 2, 0]
 
 
 def test_masked_tokens_are_never_drawn():

@@ -8,6 +8,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmserve.kernels.ops import SamplingTensors
 from llmserve.kernels.reference_sampling import gumbel_noise
@@ -173,3 +175,41 @@ def test_draws_follow_the_filtered_softmax(parameters: dict[str, float]) -> None
     sampling = replace(sampling_tensors(rows, **parameters), seeds=torch.arange(rows) * 7919)  # type: ignore[arg-type]
     found = draw(logits.repeat(rows, 1), sampling).bincount(minlength=12)
     check_distribution(found, logits, **parameters)  # type: ignore[arg-type]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.data())
+def test_draws_of_any_row_with_any_filters(data: st.DataObject) -> None:
+    """Few different logits make ties, and floors, limits and masses that fall on them."""
+    rows, vocab = data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 2, 31, 260, 4097)))
+    step = data.draw(st.sampled_from((0.0, 0.25, 3.0)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    logits = torch.randint(-9, 9, (rows, vocab), generator=generator) * step
+    logits[torch.rand(rows, vocab, generator=generator) < data.draw(st.sampled_from((0.0, 0.5)))] = -torch.inf
+    logits[:, 0] = 0.0  # something is left
+    sampling = replace(
+        sampling_tensors(rows),
+        temperature=torch.tensor(
+            data.draw(st.lists(st.sampled_from((0.0, 0.3, 1.0, 2.5)), min_size=rows, max_size=rows))
+        ),
+        top_k=torch.tensor(data.draw(st.lists(st.integers(0, vocab + 1), min_size=rows, max_size=rows))),
+        top_p=torch.tensor(
+            data.draw(st.lists(st.sampled_from((0.013, 0.37, 0.9173, 1.0)), min_size=rows, max_size=rows))
+        ),
+        min_p=torch.tensor(data.draw(st.lists(st.sampled_from((0.0, 0.07, 0.61)), min_size=rows, max_size=rows))),
+        any_top_k=True,
+        any_top_p=True,
+        any_min_p=True,
+    )
+    max_candidates = data.draw(st.sampled_from((16, MAX_CANDIDATES)))
+    assert torch.equal(draw(logits, sampling, max_candidates), REFERENCE.sample(logits, sampling))
+
+
+def test_a_row_of_nothing_gives_some_token_and_harms_nobody() -> None:
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(6))
+    sampling = sampling_tensors(3, top_k=9, top_p=0.7, min_p=0.01)
+    expected = draw(logits, sampling)[2]
+    logits[0], logits[1] = torch.nan, -torch.inf
+    drawn = draw(logits, sampling)
+    assert drawn[2] == expected
+    assert ((drawn >= 0) & (drawn < 300)).all()
