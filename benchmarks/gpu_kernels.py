@@ -6,7 +6,9 @@ The bytes are those that must be moved, once each way; what a kernel moves beyon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton.testing
@@ -15,8 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu_products import product_rows
 from benchmarks.gpu_timing import DEVICE, seconds, share
 from benchmarks.row import Row
-from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, SamplingTensors
+from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, LogitAdjustments, SamplingTensors
 from llmserve.kernels.triton.ops import TritonOps, create_triton_ops
+from llmserve.messages import SamplingParams
+from llmserve.worker.logits_processors import AdjustmentTables
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3.1-8B
 
@@ -100,13 +104,19 @@ def streaming_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
 
 
 def sampling_rows(ops: TritonOps) -> Iterator[Row]:
-    """64 rows of Llama 3's vocabulary."""
+    """64 rows of Llama 3's vocabulary. Flat: logits as random as can be, tens of thousands of tokens in the nucleus;
+    peaked: a few hundred, as a model's are."""
     rows = 64
-    logits = torch.randn(rows, VOCAB, device=DEVICE) * 3
-    for name, temperature, top_k, top_p, predicted in (
-        ("greedy", 0.0, 0, 1.0, "18 us"),
-        ("temperature", 1.0, 0, 1.0, "40 us"),
-        ("top-k 50, top-p 0.95", 1.0, 50, 0.95, "120 us"),
+    flat = torch.randn(rows, VOCAB, device=DEVICE) * 3
+    peaked = flat + 12 * (torch.rand(rows, VOCAB, device=DEVICE) < 1e-3)
+    adjustments = penalties(rows)
+    for name, logits, temperature, top_k, top_p, adjusted, predicted in (
+        ("greedy", flat, 0.0, 0, 1.0, False, "11 us"),
+        ("temperature", flat, 1.0, 0, 1.0, False, "20 us"),
+        ("top-k 50, top-p 0.95", peaked, 1.0, 50, 0.95, False, "45 us"),
+        ("top-p 0.95", peaked, 1.0, 0, 0.95, False, "40 us"),
+        ("top-p 0.95, flat", flat, 1.0, 0, 0.95, False, "80 us"),
+        ("penalties, top-k 50, top-p 0.95", peaked, 1.0, 50, 0.95, True, "57 us"),
     ):
         sampling = SamplingTensors(
             temperature=torch.full((rows,), temperature, device=DEVICE),
@@ -119,10 +129,30 @@ def sampling_rows(ops: TritonOps) -> Iterator[Row]:
             any_top_k=top_k > 0,
             any_top_p=top_p < 1,
             any_min_p=False,
+            adjustments=adjustments if adjusted else None,
         )
-        ops.sample(logits, sampling)
-        took = triton.testing.do_bench_cudagraph(lambda sampling=sampling: ops.sample(logits, sampling), rep=50)
-        yield Row(f"sampling 64 x 128k, {name}", "time", "60 us", predicted, f"{took * 1e3:.0f} us")
+        yield graph_row(f"sampling 64 x 128k, {name}", predicted, partial(ops.sample, logits.clone(), sampling))
+    ids = torch.arange(rows, device=DEVICE)
+    yield graph_row("log-probabilities 64 x 128k, 20 likeliest", "24 us", partial(ops.token_logprobs, flat, ids, 20))
+
+
+def graph_row(name: str, predicted: str, run: Callable[[], object]) -> Row:
+    """In a captured graph, as the runner replays it. Logits with penalties wear down from run to run: no matter."""
+    run()
+    took = triton.testing.do_bench_cudagraph(run, rep=50)
+    return Row(name, "time", "60 us", predicted, f"{took * 1e3:.0f} us")
+
+
+def penalties(rows: int) -> LogitAdjustments:
+    """On every row, after 2000 tokens; and a bias of 16 tokens."""
+    tables = AdjustmentTables(rows, VOCAB, DEVICE)
+    params = SamplingParams(
+        max_tokens=1, seed=0, repetition_penalty=1.1, frequency_penalty=0.1, logit_bias=dict.fromkeys(range(16), 1.0)
+    )
+    seen = np.random.default_rng(0).integers(0, VOCAB, (rows, 2000), dtype=np.int32)
+    for row in range(rows):
+        tables.enter(row, params, seen[row, :1000], seen[row, 1000:])
+    return tables.of(torch.arange(rows, device=DEVICE))
 
 
 def kernel_rows() -> Iterator[Row]:

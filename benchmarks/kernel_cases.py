@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.kernel_case import ARCHITECTURES, KernelCase
 from benchmarks.product_cases import product_cases
+from benchmarks.sampling_kernel_cases import sampling_kernel_cases
+from llmserve.kernels.ops import FP8_LARGEST
 from llmserve.kernels.triton import (
     activation,
     attention,
@@ -19,13 +21,11 @@ from llmserve.kernels.triton import (
     norm,
     packed_attention,
     rotary,
-    sampling,
     segment_sum,
     split_attention,
     step_inputs,
 )
 from llmserve.kernels.triton.tables import attention_tiles
-from llmserve.kernels.triton.thresholds import MAX_CANDIDATES, SPAN, threshold_kernel
 
 
 def _attention(
@@ -35,7 +35,7 @@ def _attention(
     types = {
         **dict.fromkeys(("q_ptr", "out_ptr"), f"*{element}"),
         "cache_ptr": f"*{kv or element}",
-        **dict.fromkeys(("scales_ptr", "parts_ptr", "stats_ptr"), "*fp32"),
+        **dict.fromkeys(("scales_ptr", "sinks_ptr", "parts_ptr", "stats_ptr"), "*fp32"),
         **dict.fromkeys(("query_start_ptr", "seq_lens_ptr", "table_ptr"), "*i32"),
         **dict.fromkeys(("num_seqs", "table_stride", "num_partitions"), "i32"),
         **dict.fromkeys(("scale_log2", "soft_cap"), "fp32"),
@@ -52,6 +52,7 @@ def _attention(
                 "BLOCK_SIZE": 16,
                 "WINDOW": 0,
                 "SOFT_CAP": False,
+                "HAS_SINKS": False,
                 "FP8_KV": bool(kv),
                 "SPLIT": split,
                 "ROWS": tiles.rows,
@@ -108,7 +109,7 @@ def _rotary(name: str, head_dim: int, heads: int, kv_heads: int, cache: str, **c
             "BLOCK_SIZE": 16,
             "HAS_NORM": False,
             "FP8_KV": cache == "fp8e4nv",
-            "FP8_LARGEST": kv_cache.FP8_MAX,
+            "FP8_LARGEST": FP8_LARGEST,
             "HEADS": min(1024 // half, 1 << (heads + 2 * kv_heads - 1).bit_length()),
             "HALF_PADDED": half,
             **changes,
@@ -117,55 +118,6 @@ def _rotary(name: str, head_dim: int, heads: int, kv_heads: int, cache: str, **c
         max_shared_bytes=4096,
         architectures=("sm_90", "sm_100") if cache == "fp8e4nv" else ARCHITECTURES,
     )
-
-
-def _sampling(vocab: int) -> list[KernelCase]:
-    """The passes of a draw."""
-    chunks = -(-vocab // 4096)
-    rows = dict.fromkeys(("temperature_ptr", "threshold_ptr", "top_p_ptr", "min_p_ptr", "logits_ptr"), "*fp32")
-    types = {
-        **rows,
-        **dict.fromkeys(("seeds_ptr", "positions_ptr", "top_k_ptr", "out_ptr"), "*i64"),
-        **dict.fromkeys(("value_ptr", "scratch_ptr"), "*fp32"),
-        "id_ptr": "*i32",
-    }
-    draw = {"VOCAB": vocab, "CHUNK": 4096, "NUM_CHUNKS": chunks}
-    return [
-        KernelCase(
-            f"draw {name}",
-            sampling.draw_kernel,
-            types,
-            {**draw, "HAS_THRESHOLD": has_threshold, "ALL_GREEDY": greedy},
-            num_warps=8,
-            max_registers=128,
-            max_shared_bytes=1024,
-        )
-        for name, has_threshold, greedy in (("greedy", False, True), ("noise", False, False), ("filtered", True, False))
-    ] + [
-        KernelCase(
-            "draw pick",
-            sampling.pick_kernel,
-            types,
-            {"NUM_CHUNKS": chunks, "CHUNKS_PADDED": 1 << (chunks - 1).bit_length()},
-            num_warps=1,
-            wide_loads=False,  # one value a thread
-        ),
-        KernelCase(
-            "draw thresholds",
-            threshold_kernel,
-            types,
-            {
-                "VOCAB": vocab,
-                "BLOCK": 4096,
-                "SEARCH_BLOCK": 1024,
-                "SPAN": SPAN,
-                "MAX_CANDIDATES": MAX_CANDIDATES,
-            },
-            num_warps=8,
-            max_registers=200,  # a program a row: 64 rows do not fill the GPU anyway
-            max_shared_bytes=16384,
-        ),
-    ]
 
 
 def _packed(name: str, heads: int, head_dim: int, has_bias: bool) -> KernelCase:
@@ -189,22 +141,34 @@ def kernel_cases() -> list[KernelCase]:
         *_attention("d128 g4", 128, 32, 8),
         *_attention("d64 g3", 64, 9, 3),
         *_attention("d128 g4 fp8", 128, 32, 8, kv="fp8e4nv"),
+        *_attention("d64 g3 fp8", 64, 9, 3, kv="fp8e4nv"),
+        *_attention("d96 g1 fp8", 96, 32, 32, kv="fp8e4nv"),
+        *_attention("d256 g2 window fp8", 256, 8, 4, kv="fp8e4nv", WINDOW=4096, SOFT_CAP=True),
         *_attention("d128 g4 fp16", 128, 32, 8, "fp16"),
         *_attention("d80 g1", 80, 32, 32),
         *_attention("d96 g1", 96, 32, 32),
         *_attention("d256 g2 window", 256, 8, 4, WINDOW=4096, SOFT_CAP=True),
         *_attention("d64 g16", 64, 16, 1),
         *_attention("d64 g4 fp32", 64, 32, 8, "fp32"),
+        *_attention("d64 g8 window sinks", 64, 64, 8, WINDOW=128, HAS_SINKS=True),
         KernelCase(
             "attention merge d128",
             split_attention.merge_kernel,
             {
-                **dict.fromkeys(("parts_ptr", "stats_ptr"), "*fp32"),
+                **dict.fromkeys(("parts_ptr", "stats_ptr", "sinks_ptr"), "*fp32"),
                 "out_ptr": "*bf16",
                 "positions_ptr": "*i64",
                 "num_partitions": "i32",
             },
-            {"NUM_HEADS": 32, "HEAD_DIM": 128, "DIM": 128, "WINDOW": 0, "PARTITION": 512, "AT_ONCE": 8},
+            {
+                "NUM_HEADS": 32,
+                "HEAD_DIM": 128,
+                "DIM": 128,
+                "WINDOW": 0,
+                "HAS_SINKS": False,
+                "PARTITION": 512,
+                "AT_ONCE": 8,
+            },
             num_warps=1,
             max_registers=96,
             max_shared_bytes=512,
@@ -215,7 +179,7 @@ def kernel_cases() -> list[KernelCase]:
         _rotary("rotary d128", 128, 32, 8, "bf16"),
         _rotary("rotary d128 norm", 128, 32, 8, "bf16", HAS_NORM=True),
         _rotary("rotary d128 fp8", 128, 32, 8, "fp8e4nv"),
-        *_sampling(128256),
+        *sampling_kernel_cases(128256),
         *product_cases(),
         _packed("d64", 12, 64, False),
         _packed("d64 relative", 12, 64, True),

@@ -21,7 +21,13 @@ class KVCacheSpec:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    # of keys and values. FP8_KV: each token of each head is rounded to e4m3 times a scale of its own, float32: its
+    # largest value / FP8_LARGEST. Nothing is calibrated, and what a token becomes does not depend on its neighbours.
     dtype: torch.dtype
+
+
+FP8_KV = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,41 @@ class PackedSequences:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitAdjustments:
+    """What is done to logits before a draw, from tables with a row, a *slot*, for each sequence that may run (s slots).
+    The tables stay where they are from step to step, so that a captured graph may read them. A slot's order is: the
+    bitmask, the entries, the repetition penalty, then those of frequency and presence."""
+
+    slots: torch.Tensor  # int64 [rows]: the slot of each row of logits
+    is_used: torch.Tensor  # int32 [s]: 0 where nothing is done to logits, whatever stands in the other tables
+    bitmask: torch.Tensor  # int32 [s, ceil(vocab / 32)]: bit i % 32 of word i // 32 says that token i may be drawn
+    is_masked: torch.Tensor  # int32 [s]: 1 where the bitmask counts
+    entry_ids: torch.Tensor  # int32 [s, MAX_ENTRIES]: tokens to which `entry_values` are added, in ascending order
+    entry_values: torch.Tensor  # float32 [s, MAX_ENTRIES]; -inf is a ban
+    entry_until: torch.Tensor  # int64 [s, MAX_ENTRIES]: an entry counts for draws at positions below this
+    num_entries: torch.Tensor  # int32 [s]
+    repetition: torch.Tensor  # float32 [s]; 1 is off: CTRL's, arXiv 1909.05858, of tokens of prompt and output
+    frequency: torch.Tensor  # float32 [s]; 0 is off: OpenAI's, times how often the output has the token
+    presence: torch.Tensor  # float32 [s]; 0 is off: OpenAI's, once for a token the output has
+    # int16 [s, vocab]: bit 0, the prompt has the token; the bits above, how often the output has it, MAX_COUNT at most
+    token_counts: torch.Tensor
+
+
+MAX_ENTRIES = 2048
+MAX_COUNT = 16383
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobTensors:
+    """Log-probabilities at r positions."""
+
+    logprobs: torch.Tensor  # float32 [r], of the given tokens
+    ranks: torch.Tensor  # int64 [r]: 1 + how many tokens are likelier than the given one
+    top_ids: torch.Tensor  # int64 [r, n], the likeliest tokens, likeliest first
+    top_logprobs: torch.Tensor  # float32 [r, n]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingTensors:
     """One row each. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
 
@@ -63,6 +104,7 @@ class SamplingTensors:
     any_top_k: bool
     any_top_p: bool
     any_min_p: bool
+    adjustments: LogitAdjustments | None = None
 
 
 class LinearWeight(Protocol):
@@ -119,6 +161,7 @@ class Ops(Protocol):
 
     name: str
     computes_sinks: bool  # whether `paged_attention` takes them
+    caches_fp8: bool  # whether a `KVCacheSpec` may be of FP8_KV
     weight_formats: tuple[str, ...]  # of `weight_formats.py`, those this implementation computes
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
@@ -254,10 +297,16 @@ class Ops(Protocol):
         ...
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
-        """logits float32 [r, vocab], penalties and masks already applied -> token ids int64 [r].
+        """logits float32 [r, vocab] -> token ids int64 [r]. First makes the adjustments, in place; at last it counts
+        the drawn tokens in `token_counts` of the slots that have penalties, each of which may have one row.
 
         Greedy rows take the largest logit, the smallest id among equals. The others divide by the temperature, keep
         what min_p, top_k and top_p leave, and take the largest logit + Gumbel noise; the noise is a function of
         (seed, position, token id) alone, so neither the batch nor a restart changes a draw.
         """
+        ...
+
+    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobTensors:
+        """logits float32 [r, vocab], token_ids int64 [r] -> their log-probabilities, and those of the `num_top` (at
+        most vocab) likeliest. Among equals any come first; which tokens of probability 0 stand last is open."""
         ...

@@ -22,16 +22,18 @@ from llmserve.kernels.ops import (
     LinearWeight,
     PackedSequences,
     SamplingTensors,
+    TokenLogprobTensors,
 )
 from llmserve.kernels.reference_attention import (
     DenseKVCache,
     attend,
     gather_context,
     group_queries,
+    head_bytes,
     packed_attention,
     rotate,
 )
-from llmserve.kernels.reference_sampling import sample
+from llmserve.kernels.reference_sampling import sample, token_logprobs
 from llmserve.kernels.weight_formats import DENSE
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -61,10 +63,11 @@ class ReferenceOps:
 
     name = "reference"
     computes_sinks = True
+    caches_fp8 = True
     weight_formats: tuple[str, ...] = (DENSE,)
 
     def kv_cache_bytes_per_block(self, spec: KVCacheSpec) -> int:
-        return 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+        return 2 * spec.block_size * spec.num_kv_heads * head_bytes(spec)
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> DenseKVCache:
         return DenseKVCache(spec, num_blocks, device)
@@ -122,8 +125,7 @@ class ReferenceOps:
         if k_norm is not None:
             k = self.rms_norm(k, k_norm, eps)
         cos, sin = cos_sin[meta.positions, None, :].chunk(2, dim=-1)  # [t, 1, d/2] each
-        kv_cache.k.flatten(0, 1)[meta.slot_mapping] = rotate(k, cos, sin).to(kv_cache.k.dtype)
-        kv_cache.v.flatten(0, 1)[meta.slot_mapping] = v.to(kv_cache.v.dtype)
+        kv_cache.write(rotate(k.float(), cos, sin), v, meta.slot_mapping)
         return rotate(q, cos, sin)
 
     def paged_attention(
@@ -219,3 +221,6 @@ class ReferenceOps:
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         return sample(logits, sampling)
+
+    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobTensors:
+        return token_logprobs(logits, token_ids, num_top)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llmserve.kernels.memory import cache_zeros
-from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, PackedSequences
+from llmserve.kernels.ops import FP8_KV, FP8_LARGEST, AttentionMetadata, KVCacheSpec, PackedSequences
 
 _KEY_TILE = 128  # keys are summed tile by tile, and tiles stand at fixed positions of the sequence
 _QUERY_TILE = 128  # query rows of one prompt computed at once: bounds the score matrix
@@ -21,13 +21,46 @@ _MIN_MATMUL_ROWS = 4  # below this a matrix library may take a vector kernel tha
 
 
 class DenseKVCache:
-    """One layer's keys and values, [num_blocks, block_size, kv_heads, d] each."""
+    """One layer's keys and values, [num_blocks, block_size, kv_heads, d] each, and their scales if they are in fp8."""
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
-        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-        self.k = cache_zeros(shape, spec.dtype, device)
-        self.v = cache_zeros(shape, spec.dtype, device)
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads)
+        self.k = cache_zeros((*shape, spec.head_dim), spec.dtype, device)
+        self.v = cache_zeros((*shape, spec.head_dim), spec.dtype, device)
         self.nbytes = self.k.nbytes + self.v.nbytes
+        self.k_scale = self.v_scale = None
+        if spec.dtype == FP8_KV:
+            self.k_scale = torch.ones(shape, dtype=torch.float32, device=device)
+            self.v_scale = torch.ones(shape, dtype=torch.float32, device=device)
+            self.nbytes += self.k_scale.nbytes + self.v_scale.nbytes
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """k, v [t, kv_heads, d] to slots int64 [t]."""
+        for values, cache, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if scales is None:
+                cache.flatten(0, 1)[slots] = values.to(cache.dtype)
+                continue
+            largest = values.float().abs().amax(dim=-1)
+            scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)
+            scales.flatten(0, 1)[slots] = scale
+            rounded = (values.float() / scale[:, :, None]).to(FP8_KV)
+            cache.view(torch.uint8).flatten(0, 1)[slots] = rounded.view(torch.uint8)
+
+    def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v float32 [..., kv_heads, d] of slots int64 [...]."""
+        found = []
+        for cache, scales in ((self.k, self.k_scale), (self.v, self.v_scale)):
+            if scales is None:
+                found.append(cache.flatten(0, 1)[slots].float())
+            else:
+                values = cache.view(torch.uint8).flatten(0, 1)[slots].view(FP8_KV).float()
+                found.append(values * scales.flatten(0, 1)[slots][..., None])
+        return found[0], found[1]
+
+
+def head_bytes(spec: KVCacheSpec) -> int:
+    """A token's key or value of one head, and its scale if there is one."""
+    return spec.head_dim * spec.dtype.itemsize + (4 if spec.dtype == FP8_KV else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +125,8 @@ def gather_context(
     columns = (key_positions // block_size).clamp(max=meta.block_table.shape[1] - 1)
     slots = meta.block_table[seqs][:, columns].long() * block_size + key_positions % block_size
     slots = slots.masked_fill(beyond, 0)
-    k = cache.k.flatten(0, 1)[slots].float()
-    v = cache.v.flatten(0, 1)[slots].masked_fill_(beyond[:, :, None, None], 0.0).float()
-    return k.transpose(1, 2), v.transpose(1, 2)
+    k, v = cache.read(slots)
+    return k.transpose(1, 2), v.masked_fill_(beyond[:, :, None, None], 0.0).transpose(1, 2)
 
 
 def attend(

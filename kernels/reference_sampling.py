@@ -1,4 +1,4 @@
-"""Drawing tokens from logits in plain torch: the filters and the counter-based noise. Knows no penalties, no requests.
+"""Drawing tokens from logits in plain torch: filters, counter-based noise, log-probabilities. Knows no requests.
 
 The noise of row r and token v is a Gumbel variate made from 32-bit integers alone, so that every implementation can
 reproduce its bits. All arithmetic is modulo 2^32, shifts are logical, and `mix` is the finaliser of MurmurHash3
@@ -22,7 +22,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from llmserve.kernels.ops import SamplingTensors
+from llmserve.kernels.ops import SamplingTensors, TokenLogprobTensors
+from llmserve.kernels.reference_adjustments import draw_adjusted
 
 # MurmurHash3's multipliers and two odd constants of the golden ratio, as signed 32-bit integers.
 _MUL0 = 0x85EBCA6B - (1 << 32)
@@ -34,6 +35,18 @@ _TOP_P_FIRST_WIDTH = 1024  # candidates sorted at first; nearly always they hold
 
 def sample(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
     """logits float32 [r, vocab] -> token ids int64 [r]; see `Ops.sample`."""
+    return draw_adjusted(logits, sampling, _draw)
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobTensors:
+    """logits float32 [r, vocab], token_ids int64 [r]; see `Ops.token_logprobs`."""
+    rows = torch.log_softmax(logits, dim=-1)
+    chosen = rows.gather(1, token_ids[:, None])
+    top = rows.topk(num_top, dim=-1)
+    return TokenLogprobTensors(chosen[:, 0], (rows > chosen).sum(dim=-1) + 1, top.indices, top.values)
+
+
+def _draw(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
     greedy_ids = logits.argmax(dim=-1)  # the first of equals
     if sampling.all_greedy:
         return greedy_ids

@@ -80,6 +80,12 @@ class EngineConfig:
         "device computes it; none if a dtype is given.",
         choices=("auto", "none", "q8_0", "int8", "fp8", "gguf"),
     )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Keys and values in the KV cache: auto (the dtype), or fp8 (e4m3, with a scale for each token and head), in "
+        "half the memory, on a GPU that computes it.",
+        choices=("auto", "fp8", "fp8_e4m3"),
+    )
     max_model_len: int | None = setting(None, "Longest context, prompt and answer together, in tokens.")
     max_num_seqs: int | None = setting(None, "Most sequences that run at once.")
     max_queued_seqs: int = setting(4096, "Most sequences in flight, waiting ones too; beyond it requests get a 429.")
@@ -123,7 +129,7 @@ class EngineConfig:
             _require_at_least(self, name, least)
         if self.gpu_memory is not None and not self.gpu_memory > 0:
             raise ConfigError(f"gpu_memory must be a share (0.6) or an amount (40GiB), not {self.gpu_memory}.")
-        for name in ("device", "dtype", "quantization", "speculation", "cuda_graph_capture"):
+        for name in ("device", "dtype", "quantization", "kv_cache_dtype", "speculation", "cuda_graph_capture"):
             _require_choice(self, name)
         if self.block_size < 16 or self.block_size % 16:
             raise ConfigError(f"block_size must be a multiple of 16, not {self.block_size}.")

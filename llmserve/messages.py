@@ -158,6 +158,7 @@ class MemoryPlan(msgspec.Struct, tag="plan", kw_only=True):
     weight_bytes: int
     activation_bytes: int
     kv_cache_bytes: int
+    kv_cache_dtype: str = ""  # of keys and values; "": as `dtype`
     available_bytes: int  # free on the device, as far as this model may take it
     block_size: int
     num_blocks: int

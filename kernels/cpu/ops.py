@@ -15,14 +15,7 @@ import torch.nn.functional as F
 from llmserve.kernels.cpu.decoder import DecoderLayers, can_run
 from llmserve.kernels.cpu.gguf_blocks import pack_q8_0, pack_raw
 from llmserve.kernels.cpu.kv_cache import DTYPES, CPUKVCache
-from llmserve.kernels.cpu.library import (
-    ACTIVATIONS,
-    PLAIN,
-    POST_NORM,
-    PRE_NORM,
-    Library,
-    load_library,
-)
+from llmserve.kernels.cpu.library import ACTIVATIONS, PLAIN, POST_NORM, PRE_NORM, Library, load_library
 from llmserve.kernels.cpu.step_meta import StepMeta
 from llmserve.kernels.cpu.weights import CPULinearWeight, pack_dense, pack_int8, packed_bytes
 from llmserve.kernels.memory import WeightMemory
@@ -36,7 +29,10 @@ from llmserve.kernels.ops import (
     LinearWeight,
     PackedSequences,
     SamplingTensors,
+    TokenLogprobTensors,
 )
+from llmserve.kernels.reference_adjustments import draw_adjusted
+from llmserve.kernels.reference_sampling import token_logprobs
 from llmserve.kernels.weight_formats import CPU_FORMATS, DENSE, INT8, Q8_0
 
 
@@ -45,6 +41,7 @@ class CPUOps:
 
     name = "cpu"
     computes_sinks = True
+    caches_fp8 = False
     weight_formats: tuple[str, ...] = CPU_FORMATS
 
     def __init__(self, library: Library) -> None:
@@ -301,6 +298,9 @@ class CPUOps:
         return DecoderLayers(self._library, layers, final_norm, self._step)
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+        return draw_adjusted(logits, sampling, self._draw)
+
+    def _draw(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         rows, vocab = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
         self._library.sample(
@@ -317,6 +317,9 @@ class CPUOps:
             out.data_ptr(),
         )
         return out
+
+    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobTensors:
+        return token_logprobs(logits, token_ids, num_top)
 
 
 def create_cpu_ops(num_threads: int | None = None, isa: str | None = None) -> CPUOps | None:

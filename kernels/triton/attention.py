@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
+_PER_NAT = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -56,6 +57,13 @@ def merge_partition(total, total_sum, total_max, part, part_sum, part_max):
     # fma is spelt out: the compiler may not choose another rounding in another kernel
     total = tl.fma(total, tl.broadcast_to(keep[:, None], total.shape), part * take[:, None])
     return total, tl.fma(total_sum, keep, part_sum * take), largest
+
+
+@triton.jit
+def add_sink(total_sum, total_max, sink):
+    """The sum with the weight of one key more, whose score is `sink` and whose value is zero. The weight may overflow:
+    then the output is the zero it ought to be."""
+    return total_sum + tl.exp2(sink * _PER_NAT - total_max)
 
 
 @triton.jit
@@ -110,11 +118,11 @@ def attend_partition(
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride", "num_partitions"])
 def attention_kernel(
-    q_ptr, cache_ptr, scales_ptr, out_ptr, parts_ptr, stats_ptr, query_start_ptr, seq_lens_ptr, table_ptr, num_seqs,
-    table_stride, num_partitions, scale_log2, soft_cap, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    q_ptr, cache_ptr, scales_ptr, sinks_ptr, out_ptr, parts_ptr, stats_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
+    num_seqs, table_stride, num_partitions, scale_log2, soft_cap, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    FP8_KV: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTITION: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_SINKS: tl.constexpr, FP8_KV: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PARTITION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of query tokens (the last first: they have most keys), kv heads, and partitions if SPLIT, where each
     program leaves one for split_attention: parts float32 [t, h, num_partitions, d], and stats float32
@@ -135,16 +143,13 @@ def attention_kernel(
     first_position = tl.load(seq_lens_ptr + seq) - query_len
     position = tl.where(used, first_position + token, -1)
     end_key = first_position + tl.minimum(first_token + TOKENS, query_len)
-    begin_key = 0
-    if WINDOW:
-        begin_key = tl.maximum(first_position + first_token - WINDOW + 1, 0) // KEYS * KEYS
-
+    begin_key = tl.maximum(first_position + first_token - WINDOW + 1, 0) // KEYS * KEYS if WINDOW else 0
     dim = tl.arange(0, DIM)
-    q_row = (query_start + token).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
+    head = kv_head * GROUP + row % GROUP
+    q_row = (query_start + token).to(tl.int64) * NUM_HEADS + head
     in_q = used[:, None] & (dim < HEAD_DIM)[None, :]
     at = q_row[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(q_ptr + at, mask=in_q, other=0.0)
-    seq_table_ptr = table_ptr + seq.to(tl.int64) * table_stride
     total, total_sum, total_max = nothing_yet(ROWS, DIM)
     first_part = begin_key // PARTITION
     end_part = tl.cdiv(end_key, PARTITION)
@@ -156,8 +161,8 @@ def attention_kernel(
     for part in range(first_part, end_part):
         part_out, part_sum, part_max = attend_partition(
             q, position, tl.maximum(begin_key, part * PARTITION), tl.minimum(end_key, part * PARTITION + PARTITION),
-            seq_table_ptr, cache_ptr, scales_ptr, kv_head, scale_log2, soft_cap, NUM_KV_HEADS, HEAD_DIM, DIM,
-            BLOCK_SIZE, WINDOW, SOFT_CAP, FP8_KV, ROWS, KEYS, STAGES,
+            table_ptr + seq.to(tl.int64) * table_stride, cache_ptr, scales_ptr, kv_head, scale_log2, soft_cap,
+            NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, WINDOW, SOFT_CAP, FP8_KV, ROWS, KEYS, STAGES,
         )  # fmt: skip
         if SPLIT:
             at_part = q_row * num_partitions + part
@@ -167,4 +172,6 @@ def attention_kernel(
         else:
             total, total_sum, total_max = merge_partition(total, total_sum, total_max, part_out, part_sum, part_max)
     if not SPLIT:
+        if HAS_SINKS:
+            total_sum = add_sink(total_sum, total_max, tl.load(sinks_ptr + head))
         tl.store(out_ptr + at, (total / total_sum[:, None]).to(out_ptr.dtype.element_ty), mask=in_q)

@@ -1,20 +1,17 @@
 """The KV cache of one layer as the Triton kernels lay it out, and copies of its blocks. Knows no requests.
 
 data [num_blocks, 2, kv_heads, block_size, head_dim]: keys, then values; within a block the tokens of one head lie
-together, so that a tile of keys is read in runs of block_size * head_dim elements. In fp8 (e4m3) each token of each
-head has a scale of its own beside it, scales float32 [num_blocks, 2, kv_heads, block_size]: nothing to calibrate, and
-what a token is rounded to does not depend on its neighbours.
+together, so that a tile of keys is read in runs of block_size * head_dim elements. In fp8 the scales stand beside
+them: float32 [num_blocks, 2, kv_heads, block_size].
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from llmserve.kernels.ops import KVCacheSpec
+from llmserve.kernels.ops import FP8_KV, KVCacheSpec
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
+KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8_KV)
 MAX_HEAD_DIM = 256
 _COPY_BLOCK = 4096
 
@@ -27,7 +24,7 @@ class TritonKVCache:
         shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size)
         self.spec = spec
         self.data = torch.zeros((*shape, spec.head_dim), dtype=spec.dtype, device=device)
-        self.scales = torch.ones(shape, dtype=torch.float32, device=device) if spec.dtype == FP8 else None
+        self.scales = torch.ones(shape, dtype=torch.float32, device=device) if spec.dtype == FP8_KV else None
         self.nbytes = self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
@@ -43,7 +40,7 @@ def check_spec(spec: KVCacheSpec) -> None:
 
 def bytes_per_block(spec: KVCacheSpec) -> int:
     """Of one layer, keys, values and scales together."""
-    element = spec.head_dim * spec.dtype.itemsize + (4 if spec.dtype == FP8 else 0)
+    element = spec.head_dim * spec.dtype.itemsize + (4 if spec.dtype == FP8_KV else 0)
     return 2 * spec.num_kv_heads * spec.block_size * element
 
 

@@ -20,20 +20,21 @@ from llmserve.kernels.ops import (
     LinearWeight,
     PackedSequences,
     SamplingTensors,
+    TokenLogprobTensors,
 )
 from llmserve.kernels.reference import DenseLinearWeight
 from llmserve.kernels.triton import embedding, norm, packed_attention, rotary, segment_sum, split_attention
 from llmserve.kernels.triton.activation import activate, gate_and_mul
 from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
 from llmserve.kernels.triton.layer_norm import layer_norm
+from llmserve.kernels.triton.logprobs import token_logprobs
 from llmserve.kernels.triton.products import multiply
 from llmserve.kernels.triton.sampling import sample as draw
-from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles
+from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles, has_fp8
 from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows
 from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, W4A16_GROUPS, row_bytes
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FIRST_WITH_FP8 = 89  # of NVIDIA's; AMD's fp8 is another
 _PROGRAMS_A_PROCESSOR = 2  # of attention that run at once on a multiprocessor
 
 
@@ -41,12 +42,13 @@ class TritonOps:
     """Implements `Ops` on one kind of device. `architecture` as "sm_90"; `num_processors`: its multiprocessors."""
 
     name = "triton"
-    computes_sinks = False
+    computes_sinks = True
 
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture
+        self.caches_fp8 = has_fp8(architecture)
         self.weight_formats: tuple[str, ...] = (DENSE, INT8, *W4A16_GROUPS)
-        if architecture.startswith("sm_") and int(architecture[3:]) >= _FIRST_WITH_FP8:
+        if self.caches_fp8:
             self.weight_formats += (FP8, FP8_G128)
         self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
 
@@ -141,10 +143,9 @@ class TritonOps:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, TritonKVCache)
-        assert sinks is None
         tiles = attention_tiles(self.architecture, kv_cache.spec.head_dim, kv_cache.spec.dtype.itemsize)
         return split_attention.paged_attention(
-            q, kv_cache, meta, scale, sliding_window, soft_cap, tiles, self._min_programs
+            q, kv_cache, meta, scale, sliding_window, soft_cap, sinks, tiles, self._min_programs
         )
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -197,6 +198,9 @@ class TritonOps:
 
     def sample(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         return draw(logits, sampling)
+
+    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobTensors:
+        return token_logprobs(logits, token_ids, num_top)
 
 
 def create_triton_ops(device: torch.device) -> TritonOps:

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llmserve.kernels.ops import AttentionMetadata
-from llmserve.kernels.triton.kv_cache import FP8, FP8_MAX, TritonKVCache
+from llmserve.kernels.ops import FP8_KV, FP8_LARGEST, AttentionMetadata
+from llmserve.kernels.triton.kv_cache import TritonKVCache
 
 _PAIRS_A_PROGRAM = 1024  # pairs of elements
 
@@ -91,7 +91,7 @@ def rotary_and_cache(
             qkv, cos_sin, cos_sin if q_norm is None else q_norm, cos_sin if k_norm is None else k_norm, q, cache.data,
             cos_sin if cache.scales is None else cache.scales, meta.positions, meta.slot_mapping, eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=cache.spec.num_kv_heads, HALF=head_dim // 2,
-            BLOCK_SIZE=cache.spec.block_size, HAS_NORM=q_norm is not None, FP8_KV=cache.spec.dtype == FP8,
-            FP8_LARGEST=FP8_MAX, HEADS=heads, HALF_PADDED=half_padded, num_warps=4,
+            BLOCK_SIZE=cache.spec.block_size, HAS_NORM=q_norm is not None, FP8_KV=cache.spec.dtype == FP8_KV,
+            FP8_LARGEST=FP8_LARGEST, HEADS=heads, HALF_PADDED=half_padded, num_warps=4,
         )  # fmt: skip
     return q

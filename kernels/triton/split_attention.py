@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from llmserve.kernels.ops import AttentionMetadata
-from llmserve.kernels.triton.attention import LOG2_E, attention_kernel, merge_partition, nothing_yet
-from llmserve.kernels.triton.kv_cache import FP8, TritonKVCache
+from llmserve.kernels.ops import FP8_KV, AttentionMetadata
+from llmserve.kernels.triton.attention import LOG2_E, add_sink, attention_kernel, merge_partition, nothing_yet
+from llmserve.kernels.triton.kv_cache import TritonKVCache
 from llmserve.kernels.triton.tables import AttentionTiles
 
 _PARTS_AT_ONCE = 8  # loaded together: their latency is paid once
@@ -22,8 +22,9 @@ _MAX_SCRATCH_BYTES = 256 * 2**20  # beyond it programs keep their partitions to 
 
 @triton.jit(do_not_specialize=["num_partitions"])
 def merge_kernel(
-    parts_ptr, stats_ptr, out_ptr, positions_ptr, num_partitions, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, PARTITION: tl.constexpr, AT_ONCE: tl.constexpr,
+    parts_ptr, stats_ptr, sinks_ptr, out_ptr, positions_ptr, num_partitions, NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, PARTITION: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Grid: tokens, heads. Merges, from left to right, the partitions a token sees."""
     row = tl.program_id(0).to(tl.int64) * NUM_HEADS + tl.program_id(1)
@@ -44,6 +45,8 @@ def merge_kernel(
             part_sum = tl.load(stats_ptr + at * 2, mask=is_seen, other=0.0)
             part_max = tl.load(stats_ptr + at * 2 + 1, mask=is_seen, other=float("-inf"))
             total, total_sum, total_max = merge_partition(total, total_sum, total_max, part_out, part_sum, part_max)
+    if HAS_SINKS:
+        total_sum = add_sink(total_sum, total_max, tl.load(sinks_ptr + tl.program_id(1)))
     out = (total / total_sum[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * HEAD_DIM + dim[None, :], out, mask=(dim < HEAD_DIM)[None, :])
 
@@ -55,6 +58,7 @@ def paged_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    sinks: torch.Tensor | None,
     tiles: AttentionTiles,
     min_programs: int,
 ) -> torch.Tensor:
@@ -79,17 +83,20 @@ def paged_attention(
         parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     dim = triton.next_power_of_2(head_dim)
+    head_sinks = out if sinks is None else sinks
     attention_kernel[(num_tiles, num_kv_heads, num_partitions if split else 1)](
-        q, cache.data, cache.data if cache.scales is None else cache.scales, out, parts, stats, meta.query_start_loc,
-        meta.seq_lens, meta.block_table, num_seqs, meta.block_table.stride(0), num_partitions,
+        q, cache.data, cache.data if cache.scales is None else cache.scales, head_sinks, out, parts, stats,
+        meta.query_start_loc, meta.seq_lens, meta.block_table, num_seqs, meta.block_table.stride(0), num_partitions,
         2.0 * LOG2_E * scale / soft_cap if soft_cap else LOG2_E * scale, LOG2_E * soft_cap, NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=cache.spec.block_size,
-        WINDOW=sliding_window, SOFT_CAP=soft_cap > 0, FP8_KV=cache.spec.dtype == FP8, SPLIT=split, ROWS=tiles.rows,
-        KEYS=tiles.keys, PARTITION=tiles.partition, STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        WINDOW=sliding_window, SOFT_CAP=soft_cap > 0, HAS_SINKS=sinks is not None, FP8_KV=cache.spec.dtype == FP8_KV,
+        SPLIT=split, ROWS=tiles.rows, KEYS=tiles.keys, PARTITION=tiles.partition, STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps,
     )  # fmt: skip
     if split:
         merge_kernel[(num_tokens, num_heads)](
-            parts, stats, out, meta.positions, num_partitions, NUM_HEADS=num_heads, HEAD_DIM=head_dim, DIM=dim,
-            WINDOW=sliding_window, PARTITION=tiles.partition, AT_ONCE=_PARTS_AT_ONCE, num_warps=1,
+            parts, stats, head_sinks, out, meta.positions, num_partitions, NUM_HEADS=num_heads, HEAD_DIM=head_dim,
+            DIM=dim, WINDOW=sliding_window, HAS_SINKS=sinks is not None, PARTITION=tiles.partition,
+            AT_ONCE=_PARTS_AT_ONCE, num_warps=1,
         )  # fmt: skip
     return out.flatten(1)

@@ -29,7 +29,9 @@ _ATTENTION = {
     ("sm_90", 64, 2): AttentionTiles(64, 64, 512, 4, 3),
     ("sm_90", 128, 2): AttentionTiles(64, 32, 512, 4, 4),
     ("sm_90", 128, 1): AttentionTiles(64, 32, 512, 8, 3),
+    ("sm_90", 256, 1): AttentionTiles(64, 16, 512, 8, 2),
     ("sm_90", 256, 2): AttentionTiles(64, 32, 512, 8, 2),
+    ("sm_100", 64, 1): AttentionTiles(64, 64, 512, 8, 3),
     ("sm_100", 64, 2): AttentionTiles(64, 64, 512, 4, 3),
     ("sm_100", 128, 2): AttentionTiles(64, 32, 512, 4, 4),
     ("sm_100", 256, 2): AttentionTiles(32, 32, 512, 8, 2),
@@ -83,6 +85,11 @@ def gemm_tiles(architecture: str, bits: int) -> tuple[GemmTiles, ...]:
         return _GEMM_FLOAT32
     family = _family(architecture)
     return _GEMM.get((family, bits)) or _GEMM[family, 16]
+
+
+def has_fp8(architecture: str) -> bool:
+    """Whether it converts e4m3: Ada, Hopper and later. AMD's type of that name has another bias."""
+    return architecture.startswith("sm_") and int(architecture[3:]) >= 89
 
 
 def _family(architecture: str) -> str:

@@ -46,6 +46,7 @@ def check_request(request: GenerationRequest, wanted: Wanted, generator: TextGen
         _check_at_most(request.n, settings.max_n, "n")
     _check_strings(request.stop, settings.max_stop_strings, settings.max_stop_chars, "stop")
     _check_strings(request.bad_words, settings.max_bad_words, settings.max_stop_chars, "bad_words")
+    _check_at_most(len(request.stop_token_ids or []), settings.max_stop_token_ids, "stop_token_ids", "entries")
     check_token_ids(request.stop_token_ids or [], generator, "stop_token_ids")
     check_token_ids(request.allowed_token_ids or [], generator, "allowed_token_ids")
     if request.priority and not generator.honours_priority:

@@ -21,6 +21,7 @@ class ApiSettings:
     max_stop_chars: int = 1024  # of one stop string or bad word: that much text may have to be held back
     max_logit_bias: int = 1024
     max_bad_words: int = 256
+    max_stop_token_ids: int = 256
     inline_parse_bytes: int = 65536  # a larger body is validated in a thread
     inline_render_messages: int = 64  # a longer conversation is written by its template in a thread
     inline_tokenize_chars: int = 16384  # a longer text is tokenised in a thread, to keep other streams flowing

@@ -81,7 +81,7 @@ class LLM:
         plan = ready.plan
         self.vocab_size = min(self.tokenizer.vocab_size, plan.vocab_size)
         self.max_logprobs = min(self.max_logprobs, plan.vocab_size)
-        self.metrics.set_cache_config(plan.block_size, plan.num_blocks, plan.dtype, self._prefix_caching)
+        self.metrics.set_cache_config(plan.block_size, plan.num_blocks, plan.kv_cache_dtype, self._prefix_caching)
         return ready
 
     async def drain(self, timeout_s: float) -> None:

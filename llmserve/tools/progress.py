@@ -76,7 +76,7 @@ def plan_table(name: str, plan: MemoryPlan) -> Table:
     table.add_row(
         "KV cache",
         format_bytes(plan.kv_cache_bytes),
-        f"{plan.num_blocks} blocks of {plan.block_size} = {plan.num_tokens} tokens",
+        f"{plan.num_blocks} blocks of {plan.block_size} = {plan.num_tokens} tokens, {plan.kv_cache_dtype}",
     )
     table.add_row("free now", format_bytes(plan.available_bytes), "")
     limits = f"context {plan.max_model_len} tokens, {plan.max_num_seqs} sequences at once"

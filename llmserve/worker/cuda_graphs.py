@@ -73,9 +73,11 @@ class CudaGraphs(Generic[Key]):
         self._graphs[key] = self._device.capture(work)
 
     def run(self, key: Key) -> None:
-        """Replays the graph; captures it first if this is the first time."""
-        if key not in self._graphs:
-            started = time.monotonic()
-            self.capture(key)
-            logger.info("captured a graph for %s in %.2f s", key, time.monotonic() - started)
-        self._graphs[key].replay()
+        """Does the work once: by its graph, or, the first time, as the graph is captured. Drawn tokens are counted: a
+        draw that was done twice would not be the same."""
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        started = time.monotonic()
+        self.capture(key)
+        logger.info("captured a graph for %s in %.2f s", key, time.monotonic() - started)

@@ -49,6 +49,7 @@ class SamplingMode(NamedTuple):
 
     all_greedy: bool
     filtered: bool
+    adjusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

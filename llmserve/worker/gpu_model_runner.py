@@ -11,7 +11,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ from llmserve.worker.sampler import Sampler, SamplerOutput
 
 logger = logging.getLogger(__name__)
 
-SAMPLING_MODES = (SamplingMode(True, False), SamplingMode(False, False), SamplingMode(False, True))
+ADJUSTED = SamplingMode(all_greedy=False, filtered=True, adjusted=True)  # takes all kinds of draws
+SAMPLING_MODES = (SamplingMode(True, False), SamplingMode(False, False), SamplingMode(False, True), ADJUSTED)
 DrawKey = tuple[int, SamplingMode]
 _FEW_TOKENS = 64
 MAX_GRAPH_SIZE = 512  # tokens: what is larger takes longer than its launches
@@ -107,11 +108,11 @@ class GPUModelRunner:
         self.model = model
         self.plan = plan
         self.batch = InputBatch(plan.max_num_seqs, plan.max_model_len, plan.block_size)
-        self.sampler = Sampler(ops, self.batch, model.config.vocab_size, device.torch_device)
+        self.sampler = Sampler(ops, self.batch, model.config.vocab_size, device.torch_device, device.submit)
         self._ops = ops
         self._step_ops = step_ops
         self._device = device
-        self._prompts = PromptScorer(model, self.batch)
+        self._prompts = PromptScorer(model, ops, self.batch)
         max_draws = plan.max_num_seqs + MAX_STEP_DRAFTS
         self._shapes = step_shapes(plan.max_num_seqs, plan.max_num_batched_tokens, graphs.max_size)
         sizes = sorted({shape.num_draws for shape in self._shapes}, reverse=True)
@@ -246,6 +247,8 @@ class GPUModelRunner:
 
     def _launch_draws(self, inputs: StepInputs, shape: StepShape | None) -> torch.Tensor:
         mode, num_draws = self._rows.mode(inputs), len(inputs.sample_rows)
+        if self.sampler.tables.are_used(inputs.rows):
+            mode = ADJUSTED
         if shape is not None:
             self._draw_graphs.run((shape.num_draws, mode))
         else:
@@ -291,6 +294,8 @@ class GPUModelRunner:
         logits = self.model.compute_logits(self._draw_hidden[:num_draws])
         draw_rows = self._draw_rows[:num_draws]
         sampling = self._rows.sampling(draw_rows, self._draw_positions[:num_draws], mode)
+        if mode.adjusted:
+            sampling = replace(sampling, adjustments=self.sampler.tables.of(draw_rows.long()))
         token_ids = self._ops.sample(logits, sampling)
         self._drawn[:num_draws] = token_ids
         self._rows.keep_last_tokens(draw_rows, token_ids)

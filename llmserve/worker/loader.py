@@ -23,7 +23,7 @@ from llmserve.models.quantization import choose_formats, describe_formats, resol
 from llmserve.models.weights import WeightSource, open_weights
 from llmserve.worker.device import CudaDevice, Device
 from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
-from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory, total_bytes, usable_bytes
+from llmserve.worker.memory import WeightPlan, available_bytes, cache_dtype, plan_memory, total_bytes, usable_bytes
 from llmserve.worker.memory_profile import measure_memory
 from llmserve.worker.model_runner import ModelRunner
 
@@ -59,7 +59,7 @@ class PreparedModel:
             torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
         if self.device.type == "cuda" and self.ops.name == "triton":
             return self.launching_runner(model, lambda: CudaDevice(self.device))
-        return ModelRunner(model, self.ops, self.plan, self.dtype, self.device)
+        return ModelRunner(model, self.ops, self.plan, cache_dtype(self.plan), self.device)
 
     def launching_runner(self, model: LlamaModel, open_device: Callable[[], Device]) -> GPUModelRunner:
         """The runner of a device that is not waited for, warm. `open_device` is called once for the runner by which
@@ -70,7 +70,7 @@ class PreparedModel:
         step_ops = select_step_ops(self.ops)
 
         def make(plan: MemoryPlan, device: Device) -> GPUModelRunner:
-            return GPUModelRunner(model, self.ops, step_ops, plan, self.dtype, device, settings)
+            return GPUModelRunner(model, self.ops, step_ops, plan, cache_dtype(plan), device, settings)
 
         measured = measure_memory(open_device(), make, self.plan, self.free_bytes)
         weights = WeightPlan(self.plan.weight_format, measured.weights)

@@ -1,120 +1,164 @@
-"""What a request may ask to be done to its logits before a token is drawn, one class each. Draws nothing.
+"""What a request may ask to be done to its logits before a token is drawn, as rows of tables on the device. Draws
+nothing.
 
-Each works on one row, and only rows that ask are visited: a batch of plain requests pays nothing. Order and formulas
-are those of vLLM's sampler: allowed ids, minimum length, bad words, logit bias, then penalties.
+A sequence's row is its row of the input batch. It is written when the sequence enters the batch; from then on a step
+costs the host nothing, and the device counts what it draws. A batch of plain requests pays nothing at all. Order and
+formulas are those of vLLM's sampler: allowed ids, minimum length, bad words, logit bias, then penalties.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from llmserve.kernels.memory import cache_zeros
+from llmserve.kernels.ops import MAX_COUNT, MAX_ENTRIES, LogitAdjustments
 from llmserve.messages import SamplingParams
 
 TokenArray = npt.NDArray[np.int32]
+Submit = Callable[[Callable[[], None]], None]
 _NEVER = float("-inf")
-
-
-class LogitsProcessor(Protocol):
-    """Changes one row of logits in place."""
-
-    def apply(self, logits: torch.Tensor, prompt: TokenArray, output: TokenArray) -> None:
-        """logits float32 [vocab]; the row's prompt tokens, and those generated so far."""
-        ...
-
-
-class AllowedTokens:
-    """Only these ids may be drawn."""
-
-    def __init__(self, token_ids: list[int], vocab_size: int, device: torch.device) -> None:
-        self._forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
-        self._forbidden[token_ids] = False
-
-    def apply(self, logits: torch.Tensor, prompt: TokenArray, output: TokenArray) -> None:
-        logits.masked_fill_(self._forbidden, _NEVER)
-
-
-class MinTokens:
-    """Nothing that ends the sequence may be drawn before `min_tokens`."""
-
-    def __init__(self, min_tokens: int, stop_token_ids: list[int], device: torch.device) -> None:
-        self._min_tokens = min_tokens
-        self._stop_token_ids = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
-
-    def apply(self, logits: torch.Tensor, prompt: TokenArray, output: TokenArray) -> None:
-        if len(output) < self._min_tokens:
-            logits[self._stop_token_ids] = _NEVER
+_FOREVER = 2**62
 
 
 class BadWords:
-    """The last token of a bad sequence may not be drawn when the tokens before it have just been."""
+    """The last token of a bad sequence may not be drawn when the tokens before it have just been.
+
+    The host alone has what was generated: a step of a request that has these waits for the tokens of the one before.
+    """
 
     def __init__(self, sequences: list[list[int]]) -> None:
+        """Sequences of two tokens or more; a single token is a ban, and stands in the tables."""
         self._sequences = [(np.asarray(s[:-1], dtype=np.int32), s[-1]) for s in sequences]
 
-    def apply(self, logits: torch.Tensor, prompt: TokenArray, output: TokenArray) -> None:
+    def apply(self, logits: torch.Tensor, output: TokenArray) -> None:
+        """logits float32 [vocab], in place; the tokens generated so far."""
         for beginning, last in self._sequences:
             size = len(beginning)
             if size <= len(output) and np.array_equal(output[len(output) - size :], beginning):
                 logits[last] = _NEVER
 
 
-class LogitBias:
-    """OpenAI's `logit_bias`: added to the logits of the given ids."""
+class AdjustmentTables:
+    """The tables of `LogitAdjustments`, a row for each sequence that may run at once and one for padding."""
 
-    def __init__(self, bias: dict[int, float], device: torch.device) -> None:
-        self._token_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
-        self._values = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device, submit: Submit | None = None) -> None:
+        """Allocates `table_bytes`; on a CPU memory is taken only as rows are written: by `submit`, behind all that the
+        device was asked for before, if it computes while the host goes on."""
+        self._vocab_size = vocab_size
+        self._device = device
+        self._submit = submit or _at_once
+        num_slots = max_num_seqs + 1
+        self._is_used = np.zeros(num_slots, dtype=np.bool_)
+        rows, entries = (num_slots,), (num_slots, MAX_ENTRIES)
+        self._tables = LogitAdjustments(
+            slots=torch.empty(0, dtype=torch.int64, device=device),
+            is_used=torch.zeros(rows, dtype=torch.int32, device=device),
+            bitmask=cache_zeros((num_slots, -(-vocab_size // 32)), torch.int32, device),
+            is_masked=torch.zeros(rows, dtype=torch.int32, device=device),
+            entry_ids=cache_zeros(entries, torch.int32, device),
+            entry_values=cache_zeros(entries, torch.float32, device),
+            entry_until=cache_zeros(entries, torch.int64, device),
+            num_entries=torch.zeros(rows, dtype=torch.int32, device=device),
+            repetition=torch.ones(rows, dtype=torch.float32, device=device),
+            frequency=torch.zeros(rows, dtype=torch.float32, device=device),
+            presence=torch.zeros(rows, dtype=torch.float32, device=device),
+            token_counts=cache_zeros((num_slots, vocab_size), torch.int16, device),
+        )
 
-    def apply(self, logits: torch.Tensor, prompt: TokenArray, output: TokenArray) -> None:
-        logits[self._token_ids] += self._values
+    def enter(self, row: int, params: SamplingParams, prompt: TokenArray, output: TokenArray) -> None:
+        """A sequence takes a row of the batch, with what it has generated before."""
+        entries = sorted(_entries(params, len(prompt)))
+        assert len(entries) <= MAX_ENTRIES  # the API bounds biases, bad words and stop tokens
+        was_used = self._is_used[row]
+        is_used = bool(entries) or is_penalised(params) or params.allowed_token_ids is not None
+        self._is_used[row] = is_used
+        if is_used:
+            words = None if params.allowed_token_ids is None else self._words(params.allowed_token_ids)
+            counts = self._counts(prompt, output) if is_penalised(params) else None
+            self._submit(partial(self._write, row, params, words, entries, counts))
+        elif was_used:
+            self._submit(partial(self._release, row))
+
+    def are_used(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether anything is to be done to the logits of sequences in these rows of the batch."""
+        return bool(self._is_used[rows].any())
+
+    def of(self, slots: torch.Tensor) -> LogitAdjustments:
+        """The adjustments of logits whose sequences stand in these rows of the batch, int64 [r] on the device."""
+        return replace(self._tables, slots=slots)
+
+    def _release(self, row: int) -> None:
+        self._tables.is_used[row] = 0
+
+    def _write(
+        self,
+        row: int,
+        params: SamplingParams,
+        words: torch.Tensor | None,
+        entries: list[tuple[int, float, int]],
+        counts: torch.Tensor | None,
+    ) -> None:
+        tables, device = self._tables, self._device
+        tables.is_used[row] = 1
+        tables.is_masked[row] = words is not None
+        if words is not None:
+            tables.bitmask[row] = words.to(device)
+        tables.num_entries[row] = len(entries)
+        if entries:
+            ids, values, until = zip(*entries, strict=True)
+            tables.entry_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32, device=device)
+            tables.entry_values[row, : len(ids)] = torch.tensor(values, dtype=torch.float32, device=device)
+            tables.entry_until[row, : len(ids)] = torch.tensor(until, dtype=torch.int64, device=device)
+        tables.repetition[row] = params.repetition_penalty
+        tables.frequency[row] = params.frequency_penalty
+        tables.presence[row] = params.presence_penalty
+        if counts is not None:
+            tables.token_counts[row] = counts.to(device)
+
+    def _words(self, allowed: list[int]) -> torch.Tensor:
+        """A row of the bitmask."""
+        words = np.zeros(-(-self._vocab_size // 32), dtype=np.uint32)
+        ids = np.asarray(allowed, dtype=np.int64)
+        np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+        return torch.from_numpy(words.view(np.int32))
+
+    def _counts(self, prompt: TokenArray, output: TokenArray) -> torch.Tensor:
+        """A row of `token_counts`."""
+        counts = np.bincount(output, minlength=self._vocab_size).clip(max=MAX_COUNT) * 2
+        counts[prompt] |= 1
+        return torch.from_numpy(counts.astype(np.int16))
 
 
-class Penalties:
-    """Repetition (CTRL, arXiv 1909.05858: prompt and output), frequency and presence (OpenAI: output only).
-
-    Counts are kept from step to step: a step costs what it generated, not the length of the context.
-    """
-
-    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
-        self._repetition = params.repetition_penalty
-        self._frequency = params.frequency_penalty
-        self._presence = params.presence_penalty
-        self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self._num_counted = -1  # -1: the prompt has not been read either
-
-    def apply(self, logits: torch.Tensor, prompt: TokenArray, output: TokenArray) -> None:
-        if self._num_counted < 0:
-            self._seen[torch.from_numpy(prompt.astype(np.int64)).to(logits.device)] = True
-            self._num_counted = 0
-        for token_id in output[self._num_counted :].tolist():
-            self._counts[token_id] += 1
-            self._seen[token_id] = True
-        self._num_counted = len(output)
-        if self._repetition != 1.0:
-            penalised = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
-            torch.where(self._seen, penalised, logits, out=logits)
-        if self._frequency != 0.0:
-            logits.sub_(self._counts, alpha=self._frequency)
-        if self._presence != 0.0:
-            logits.sub_(self._counts.clamp(max=1), alpha=self._presence)
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
-def build_processors(params: SamplingParams, vocab_size: int, device: torch.device) -> list[LogitsProcessor]:
-    """The processors a request needs, in the order they apply; usually none."""
-    processors: list[LogitsProcessor] = []
-    if params.allowed_token_ids is not None:
-        processors.append(AllowedTokens(params.allowed_token_ids, vocab_size, device))
-    if params.min_tokens > 0 and params.stop_token_ids:
-        processors.append(MinTokens(params.min_tokens, params.stop_token_ids, device))
-    if params.bad_words:
-        processors.append(BadWords(params.bad_words))
-    if params.logit_bias:
-        processors.append(LogitBias(params.logit_bias, device))
-    if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
-        processors.append(Penalties(params, vocab_size, device))
-    return processors
+def table_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """What `AdjustmentTables` allocates."""
+    return (max_num_seqs + 1) * (2 * vocab_size + -(-vocab_size // 32) * 4 + MAX_ENTRIES * 16 + 24)
+
+
+def is_penalised(params: SamplingParams) -> bool:
+    """Whether tokens seen before are made less, or more, likely."""
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def bad_sequences(params: SamplingParams) -> BadWords | None:
+    """Those of the bad words that take more than one token."""
+    sequences = [sequence for sequence in params.bad_words or [] if len(sequence) > 1]
+    return BadWords(sequences) if sequences else None
+
+
+def _entries(params: SamplingParams, num_prompt_tokens: int) -> list[tuple[int, float, int]]:
+    """(token id, what is added to its logit, the position from which on it no longer is)."""
+    entries = [(token_id, value, _FOREVER) for token_id, value in (params.logit_bias or {}).items()]
+    entries += [(word[0], _NEVER, _FOREVER) for word in params.bad_words or [] if len(word) == 1]
+    if params.min_tokens > 0:
+        entries += [(token_id, _NEVER, num_prompt_tokens + params.min_tokens) for token_id in params.stop_token_ids]
+    return entries

@@ -10,10 +10,11 @@ import torch
 
 from llmserve.config import EngineConfig, format_bytes
 from llmserve.errors import ConfigError, InsufficientMemoryError
-from llmserve.kernels.ops import KVCacheSpec, Ops
+from llmserve.kernels.ops import FP8_KV, KVCacheSpec, Ops
 from llmserve.messages import MemoryPlan
 from llmserve.models.config import ModelConfig
 from llmserve.scheduler.drafts import MAX_STEP_DRAFTS
+from llmserve.worker.logits_processors import table_bytes
 
 _CACHE_SHARE = {"cpu": 0.4, "cuda": 1.0}  # of what is left after weights and activations
 _GPU_SHARE = 0.9  # of what is free, for a model that was given no share
@@ -110,8 +111,10 @@ def plan_memory(
     budget = config.max_num_batched_tokens or max(_DEFAULT_BUDGET[device.type], max_num_seqs)
     num_sampled = max_num_seqs + (0 if config.speculation == "off" else MAX_STEP_DRAFTS)
     if measured is None:
-        measured = MeasuredMemory(weights.num_bytes, _activation_bytes(model, budget, num_sampled, dtype), 0)
-    spec = KVCacheSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
+        activations = _activation_bytes(model, budget, num_sampled, dtype) + table_bytes(max_num_seqs, model.vocab_size)
+        measured = MeasuredMemory(weights.num_bytes, activations, 0)
+    kv_dtype = _kv_cache_dtype(config.kv_cache_dtype, dtype, ops)
+    spec = KVCacheSpec(model.num_kv_heads, model.head_dim, config.block_size, kv_dtype)
     block_bytes = ops.kv_cache_bytes_per_block(spec) * model.num_layers
     left = free_bytes - measured.weights - measured.activations - measured.graphs
     num_blocks = _num_blocks(
@@ -130,6 +133,7 @@ def plan_memory(
         activation_bytes=measured.activations,
         graph_bytes=measured.graphs,
         kv_cache_bytes=num_blocks * block_bytes,
+        kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         available_bytes=free_bytes,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -139,6 +143,24 @@ def plan_memory(
         max_num_batched_tokens=budget,
         vocab_size=model.vocab_size,
     )
+
+
+def cache_dtype(plan: MemoryPlan) -> torch.dtype:
+    """Of the KV cache that was planned."""
+    dtype: torch.dtype = getattr(torch, plan.kv_cache_dtype or plan.dtype)
+    return dtype
+
+
+def _kv_cache_dtype(name: str, dtype: torch.dtype, ops: Ops) -> torch.dtype:
+    """Raises ConfigError for what the kernels do not keep."""
+    if name == "auto":
+        return dtype
+    if not ops.caches_fp8:
+        raise ConfigError(
+            f"kv_cache_dtype is {name!r}, but the {ops.name} kernels of this device keep keys and values as they are "
+            "computed. Leave --kv-cache-dtype at auto, or use an NVIDIA GPU of compute capability 8.9 or later."
+        )
+    return FP8_KV
 
 
 def _num_blocks(config: EngineConfig, most_useful: int, block_bytes: int, left: int, device_type: str) -> int:

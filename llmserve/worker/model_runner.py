@@ -29,7 +29,7 @@ class ModelRunner:
         self.kv_caches: list[KVCache] = [
             ops.allocate_kv_cache(spec, plan.num_blocks, device) for _ in range(model.num_layers)
         ]
-        self._prompts = PromptScorer(model, self.batch)
+        self._prompts = PromptScorer(model, ops, self.batch)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from llmserve.kernels.ops import Ops
 from llmserve.messages import TokenLogprobs
 from llmserve.models.llama import LlamaModel
 from llmserve.scheduler.output import SchedulerOutput
 from llmserve.worker.input_batch import InputBatch, StepInputs
-from llmserve.worker.sampler import prompt_logprobs
+from llmserve.worker.sampler import score_tokens
 
 _LOGITS_ROWS = 64  # rows of the vocabulary's size held at once
 
@@ -16,8 +17,9 @@ _LOGITS_ROWS = 64  # rows of the vocabulary's size held at once
 class PromptScorer:
     """Keeps the scores of a prompt until its end is reached."""
 
-    def __init__(self, model: LlamaModel, batch: InputBatch) -> None:
+    def __init__(self, model: LlamaModel, ops: Ops, batch: InputBatch) -> None:
         self._model = model
+        self._ops = ops
         self._batch = batch
         self._scores: dict[str, list[TokenLogprobs | None]] = {}
 
@@ -53,7 +55,8 @@ class PromptScorer:
             for at in range(0, len(following), _LOGITS_ROWS):
                 chunk = following[at : at + _LOGITS_ROWS]
                 logits = self._model.compute_logits(hidden[first + at : first + at + len(chunk)])
-                scores.extend(prompt_logprobs(logits, chunk, num_top))
+                token_ids = torch.tensor(chunk, device=logits.device)
+                scores.extend(score_tokens(self._ops, logits, token_ids, [num_top] * len(chunk)))
             if end >= len(prompt):
                 complete[request_id] = scores
         return complete

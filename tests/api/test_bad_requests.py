@@ -74,6 +74,7 @@ SHARED = [
     ({"logit_bias": {"258": 1}}, "logit_bias", "257"),
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
     ({"logit_bias": [1]}, "logit_bias", "object"),
+    ({"stop_token_ids": list(range(257))}, "stop_token_ids", "256"),
     ({"prompt_logprobs": 6}, "prompt_logprobs", "5"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
     ({"stream": "yes"}, "stream", "boolean"),

@@ -196,8 +196,29 @@ def test_nothing_is_computed_behind_a_token_that_is_sure_to_be_the_last(engines:
     assert num_tokens == 17 + 4
 
 
-@pytest.mark.parametrize("params", [{"logprobs": 1}, {"presence_penalty": 0.5}])
-def test_a_step_that_the_host_has_a_part_in_is_waited_for(engines: Engines, params: dict[str, float]) -> None:
+@pytest.mark.parametrize("graphs", [GraphSettings(), NO_GRAPHS, LAZY])
+def test_penalties_and_biases_are_the_device_s_own_affair(engines: Engines, graphs: GraphSettings) -> None:
+    """Their draws overlap, and are those of the plain engine: what was drawn counts for the next step at once."""
+    asked: list[dict[str, object]] = [
+        {"presence_penalty": 2.0, "frequency_penalty": 0.5},
+        {"repetition_penalty": 1.4, "temperature": 0.9, "top_p": 0.8},
+        {"logit_bias": {5: 9.0, 70: 8.5}, "min_tokens": 12, "stop_token_ids": [5]},
+        {"allowed_token_ids": [4, 31, 32, 33, 64, 300], "temperature": 1.5, "frequency_penalty": 1.0},
+        {},
+        {"bad_words": [[7]], "presence_penalty": -1.0},
+    ]
+    life = Life(arrivals=[(i, request(f"p{i}", 9 + 5 * i, 40, **params)) for i, params in enumerate(asked)])
+    expected = live(engines.plain(life), life)
+    core = engines.overlapped(life, graphs=graphs)
+    engines.device.num_behind.clear()
+    found = live(core, life)
+    assert {name: said.token_ids for name, said in found.items()} == {n: s.token_ids for n, s in expected.items()}
+    assert sum(map(bool, engines.device.num_behind)) > 30
+    assert set(found["p3"].token_ids) <= {4, 31, 32, 33, 64, 300}
+
+
+@pytest.mark.parametrize("params", [{"logprobs": 1}, {"bad_words": [[1, 2]]}])
+def test_a_step_that_the_host_has_a_part_in_is_waited_for(engines: Engines, params: dict[str, Any]) -> None:
     core = decoding(engines, 2, **params)
     engines.fake.num_behind.clear()
     for _ in range(5):

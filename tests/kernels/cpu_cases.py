@@ -102,11 +102,13 @@ class PagedBatch:
         window: int = 0,
         soft_cap: float = 0.0,
         norm: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         device: torch.device = CPU,
     ) -> torch.Tensor:
         """Rotary and attention over the steps in turn -> [rows of qkv, heads * head_dim]; rows not computed are NaN."""
         spec = self.spec
         norm = None if norm is None else norm.to(device)
+        sinks = None if sinks is None else sinks.to(device)
         qkv, cos_sin = self.qkv.to(device), self.cos_sin.to(device)
         cache = ops.allocate_kv_cache(spec, self.num_blocks, device)
         for tensor in vars(cache).values():
@@ -117,5 +119,5 @@ class PagedBatch:
             meta, rows = self.metadata(step)
             meta = to_device(meta, device)
             q = ops.rotary_and_cache(qkv[rows.to(device)], cos_sin, cache, meta, self.num_heads, norm, norm, 1e-6)
-            out[rows] = ops.paged_attention(q, cache, meta, spec.head_dim**-0.5, window, soft_cap).cpu()
+            out[rows] = ops.paged_attention(q, cache, meta, spec.head_dim**-0.5, window, soft_cap, sinks).cpu()
         return out

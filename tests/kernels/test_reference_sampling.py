@@ -95,6 +95,39 @@ def test_draws_follow_the_softmax():
         assert chi_square < 18.5  # the 99.9% point of 4 degrees of freedom; the draw is fixed by its seed
 
 
+FILTERS = [{"temperature": 0.8}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.15}, {"top_k": 6, "top_p": 0.9}]
+
+
+def check_distribution(
+    counts: torch.Tensor,
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> None:
+    """How often each of 12 tokens was drawn, against the softmax of what the filters leave."""
+    scaled = apply_min_p(logits[None] / temperature, torch.tensor([min_p]))
+    scaled = apply_top_p(apply_top_k(scaled, torch.tensor([top_k])), torch.tensor([top_p]))
+    expected = scaled[0].softmax(dim=0) * counts.sum()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    chi_square = float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    assert chi_square < 31.3  # the 99.9% point of 11 degrees of freedom; the draw is fixed by its seeds
+
+
+@pytest.mark.parametrize("parameters", FILTERS, ids=str)
+def test_draws_follow_the_filtered_softmax(parameters):
+    rows = 20_000
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(8)) * 1.5
+    values = {name: torch.full((rows,), value) for name, value in parameters.items()}
+    switches = {f"any_{name}": True for name in parameters if name != "temperature"}
+    drawn = ReferenceOps().sample(
+        logits.repeat(rows, 1), sampling(rows, seeds=torch.arange(rows) * 7919, **values, **switches)
+    )
+    check_distribution(drawn.bincount(minlength=12), logits, **parameters)
+
+
 def test_a_row_does_not_depend_on_its_batch():
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)) * 3
     batch = sampling(
@@ -129,6 +162,8 @@ def test_greedy_takes_the_smallest_id_among_equals():
     mixed = sampling(3, temperature=torch.tensor([0.0, 0.0, 1.0]))
     assert ReferenceOps().sample(logits, mixed)[:2].tolist() == [1, 2]
     assert ReferenceOps().sample(logits, sampling(3, temperature=torch.zeros(3), all_greedy=True)).tolist() == [1, 2, 0]
+    unsaid = sampling(3, temperature=torch.zeros(3), any_top_k=True, any_top_p=True, any_min_p=True)
+    assert ReferenceOps().sample(logits, unsaid).tolist() == [1, 2, 0]
 
 
 def test_masked_tokens_are_never_drawn():

@@ -1,4 +1,4 @@
-"""Each processor against its formula, written out plainly."""
+"""What a request's parameters do to its logits: each against its formula, written out plainly."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import numpy as np
 import pytest
 import torch
 
+from llmserve.kernels.ops import MAX_COUNT, MAX_ENTRIES
+from llmserve.kernels.reference_adjustments import adjust_logits
 from llmserve.messages import SamplingParams
-from llmserve.worker.logits_processors import build_processors
+from llmserve.worker.logits_processors import AdjustmentTables, bad_sequences, table_bytes
 
 VOCAB = 50
 CPU = torch.device("cpu")
-NONE = np.empty(0, dtype=np.int32)
+ROW = 2
 
 
-def process(logits: torch.Tensor, prompt: list[int], output: list[int], **params: object) -> torch.Tensor:
-    """The logits after all processors of a request with these parameters."""
-    values = {"max_tokens": 10, "seed": 0} | params
+def tables() -> AdjustmentTables:
+    return AdjustmentTables(4, VOCAB, CPU)
+
+
+def params(**values: object) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 10, "seed": 0} | values))  # type: ignore[arg-type]
+
+
+def tokens(ids: list[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
+
+
+def process(logits: torch.Tensor, prompt: list[int], output: list[int], **values: object) -> torch.Tensor:
+    """The logits as they are drawn from, for a request that enters with this output."""
+    made, wanted = tables(), params(**values)
+    made.enter(ROW, wanted, tokens(prompt), tokens(output))
     processed = logits.clone()
-    for processor in build_processors(SamplingParams(**values), VOCAB, CPU):  # type: ignore[arg-type]
-        processor.apply(processed, np.array(prompt, dtype=np.int32), np.array(output, dtype=np.int32))
+    if bad_words := bad_sequences(wanted):
+        bad_words.apply(processed, tokens(output))
+    position = torch.tensor([len(prompt) + len(output)])
+    adjust_logits(processed[None], position, made.of(torch.tensor([ROW])))
     return processed
 
 
@@ -28,13 +45,32 @@ def logits() -> torch.Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 3
 
 
-def test_a_plain_request_has_none() -> None:
-    assert build_processors(SamplingParams(max_tokens=5, seed=1, temperature=0.7, top_k=5), VOCAB, CPU) == []
+def test_a_plain_request_uses_nothing_even_in_a_row_that_was_used() -> None:
+    made = tables()
+    made.enter(ROW, params(presence_penalty=1.0, logit_bias={3: 4.0}), tokens([1]), tokens([]))
+    assert made.are_used(np.array([0, ROW]))
+    assert not made.are_used(np.array([0, 1]))
+    made.enter(ROW, params(temperature=0.7, top_k=5), tokens([1]), tokens([3]))
+    assert not made.are_used(np.array([0, ROW]))
+    logits = torch.randn(1, VOCAB)
+    before = logits.clone()
+    adjust_logits(logits, torch.tensor([1]), made.of(torch.tensor([ROW])))
+    assert torch.equal(logits, before)
+
+
+def test_a_row_forgets_who_had_it(logits: torch.Tensor) -> None:
+    made = tables()
+    allowed = {"allowed_token_ids": [3], "logit_bias": {5: 1.0, 6: 2.0}, "presence_penalty": 1.0}
+    made.enter(ROW, params(**allowed), tokens([1, 2]), tokens([7]))
+    made.enter(ROW, params(logit_bias={4: 1.0}), tokens([1]), tokens([]))
+    processed = logits.clone()
+    adjust_logits(processed[None], torch.tensor([1]), made.of(torch.tensor([ROW])))
+    assert (processed != logits).nonzero().flatten().tolist() == [4]
 
 
 def test_only_allowed_tokens_are_left(logits: torch.Tensor) -> None:
-    processed = process(logits, [1], [], allowed_token_ids=[3, 7])
-    assert torch.isfinite(processed).nonzero().flatten().tolist() == [3, 7]
+    processed = process(logits, [1], [], allowed_token_ids=[3, 7, 31, 32, 49])
+    assert torch.isfinite(processed).nonzero().flatten().tolist() == [3, 7, 31, 32, 49]
     assert torch.equal(processed[[3, 7]], logits[[3, 7]])
 
 
@@ -55,31 +91,45 @@ def test_a_bad_words_last_token_is_banned_where_it_would_complete_it(
 
 
 def test_logit_bias_is_added(logits: torch.Tensor) -> None:
-    processed = process(logits, [1], [], logit_bias={3: 5.0, 8: -100.0})
+    processed = process(logits, [1], [], logit_bias={8: -100.0, 3: 5.0})
     assert processed[3] == logits[3] + 5
     assert processed[8] == logits[8] - 100
     assert torch.equal(processed[9:], logits[9:])
 
 
-def test_penalties_follow_their_definitions_as_the_output_grows(logits: torch.Tensor) -> None:
-    params = SamplingParams(max_tokens=9, seed=0, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=0.5)
-    processors = build_processors(params, VOCAB, CPU)
-    prompt = [3, 4, 4]
-    output = [10, 10, 3, 11]
-    for length in (0, 1, 3, 4):  # a step may bring several tokens
+def test_a_bias_does_not_bring_a_banned_token_back(logits: torch.Tensor) -> None:
+    processed = process(logits, [1], [], logit_bias={4: 100.0}, bad_words=[[4]])
+    assert processed[4].isneginf()
+
+
+def test_penalties_follow_their_definitions(logits: torch.Tensor) -> None:
+    prompt, output = [3, 4, 4], [10, 10, 3, 11]
+    for length in range(5):
         seen = output[:length]
         expected = logits.clone()
         for token in set(prompt) | set(seen):
             expected[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
         for token in set(seen):
             expected[token] -= 0.25 * seen.count(token) + 0.5
-        actual = logits.clone()
-        for processor in processors:
-            processor.apply(actual, np.array(prompt, dtype=np.int32), np.array(seen, dtype=np.int32))
-        torch.testing.assert_close(actual, expected)
+        penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.25, "presence_penalty": 0.5}
+        torch.testing.assert_close(process(logits, prompt, seen, **penalties), expected)
 
 
-def test_a_recomputed_request_starts_its_counts_anew(logits: torch.Tensor) -> None:
-    """A worker may meet a request with output already there."""
-    fresh = process(logits, [3], [10, 10], frequency_penalty=1.0)
-    assert fresh[10] == logits[10] - 2
+def test_counts_do_not_overflow(logits: torch.Tensor) -> None:
+    processed = process(logits, [1], [7] * 40000, frequency_penalty=0.01)
+    assert processed[7] == pytest.approx(float(logits[7]) - 0.01 * MAX_COUNT)
+
+
+def test_memory_is_what_was_planned() -> None:
+    made = vars(tables())["_tables"]
+    held = [getattr(made, name) for name in made.__slots__]
+    assert sum(tensor.nbytes for tensor in held) == table_bytes(4, VOCAB)
+
+
+def test_there_is_room_for_all_a_request_may_name() -> None:
+    """`ApiSettings` bounds them: biases, bad words in two spellings, and stop tokens beside the model's own."""
+    from llmserve.api.settings import ApiSettings
+
+    settings = ApiSettings()
+    most = settings.max_logit_bias + 2 * settings.max_bad_words + settings.max_stop_token_ids
+    assert most + 128 <= MAX_ENTRIES

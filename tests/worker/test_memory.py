@@ -13,7 +13,7 @@ from llmserve.errors import ConfigError, InsufficientMemoryError
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.messages import MemoryPlan
 from llmserve.models.config import ModelConfig, read_model_config
-from llmserve.worker.memory import WeightPlan, available_bytes, plan_memory
+from llmserve.worker.memory import WeightPlan, available_bytes, cache_dtype, plan_memory
 
 GIB = 2**30
 BLOCK_BYTES = 2 * 16 * 3 * 64 * 2 * 30  # SmolLM2-135M in bf16: keys and values of 16 tokens in 30 layers
@@ -41,6 +41,18 @@ def test_the_default_cache_leaves_room_and_is_no_larger_than_useful(model: Model
     assert plan(model, free=4 * GIB).kv_cache_bytes < 2 * GIB
     assert plan(model, free=1000 * GIB).kv_cache_bytes <= 4 * GIB
     assert plan(model, max_num_seqs=2, max_model_len=1024).num_tokens == 2 * 1024
+
+
+def test_an_8_bit_cache_holds_nearly_twice_the_tokens_where_there_is_one(model: ModelConfig) -> None:
+    full, half = plan(model, kv_cache_memory=GIB), plan(model, kv_cache_memory=GIB, kv_cache_dtype="fp8")
+    assert (full.kv_cache_dtype, cache_dtype(full)) == ("bfloat16", torch.bfloat16)
+    assert (half.kv_cache_dtype, cache_dtype(half)) == ("float8_e4m3fn", torch.float8_e4m3fn)
+    assert half.num_blocks == GIB // (BLOCK_BYTES // 128 * 68)  # 64 bytes and a scale, where there were 128
+    ops = ReferenceOps()
+    ops.caches_fp8 = False
+    config = EngineConfig(kv_cache_dtype="fp8")
+    with pytest.raises(ConfigError, match="--kv-cache-dtype at auto"):
+        plan_memory(config, model, WeightPlan("dense", 0), torch.bfloat16, torch.device("cpu"), ops, GIB)
 
 
 def test_an_open_context_shrinks_to_the_cache_and_a_stated_one_is_refused(model: ModelConfig) -> None:

@@ -69,6 +69,44 @@ def test_sampling_a_real_vocabulary() -> None:
         assert same.sum() >= 63, parameters  # another order of sums may move a token over a threshold
 
 
+def test_sampling_a_real_vocabulary_with_adjustments_and_scores() -> None:
+    from tests.kernels.adjustment_cases import random_adjustments, with_adjustments
+    from tests.kernels.triton.test_triton_sampling import REFERENCE, sampling_tensors
+
+    vocab, made = 128256, random_adjustments(128256)
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(1)) * 3
+    sampling = sampling_tensors(8, temperature=0.8, top_k=50, top_p=0.9)
+    here, there = (with_adjustments(sampling, made, device) for device in (torch.device("cpu"), DEVICE))
+    expected, found = logits.clone(), logits.to(DEVICE)
+    same = REFERENCE.sample(expected, here) == triton_ops().sample(found, there).cpu()
+    assert same.sum() >= 7
+    assert torch.allclose(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    ids = logits.argmin(dim=1)
+    scores, exact = triton_ops().token_logprobs(found, ids.to(DEVICE), 20), expected.double().log_softmax(dim=1)
+    assert torch.allclose(scores.top_logprobs.cpu().double(), exact.topk(20).values, atol=1e-4)
+    assert torch.allclose(scores.logprobs.cpu().double(), exact.gather(1, ids[:, None])[:, 0], atol=1e-4, rtol=1e-5)
+
+
+def test_sampling_is_the_same_from_a_graph() -> None:
+    """With filters and penalties: no launch needs what another one computed to be known to the host."""
+    from tests.kernels.adjustment_cases import random_adjustments, with_adjustments
+    from tests.kernels.triton.test_triton_sampling import sampling_tensors
+
+    made, ops = random_adjustments(5003), triton_ops()
+    logits = torch.randn(8, 5003, device=DEVICE) * 3
+    drawing = with_adjustments(sampling_tensors(8, temperature=0.8, top_k=50, top_p=0.9), made, DEVICE)
+    expected = ops.sample(logits.clone(), with_adjustments(drawing, made, DEVICE))
+    static = logits.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = ops.sample(static, drawing)
+    assert drawing.adjustments is not None
+    drawing.adjustments.token_counts.copy_(made.token_counts)
+    static.copy_(logits)
+    graph.replay()
+    assert torch.equal(drawn, expected)
+
+
 def test_products_keep_float32_sums() -> None:
     ops = triton_ops()
     x, weight = torch.randn(5, 4096, device=DEVICE), torch.randn(300, 4096, device=DEVICE)

@@ -10,7 +10,7 @@ import torch
 from llmserve.kernels.ops import KVCacheSpec
 from llmserve.kernels.triton.tables import AttentionTiles, attention_tiles
 from tests.kernels.cpu_cases import PagedBatch, relative_error, to_device
-from tests.kernels.triton.triton_cases import DEVICE, REFERENCE, SMALL, SmallTileOps, tolerance
+from tests.kernels.triton.triton_cases import DEVICE, REFERENCE, SMALL, Fp8ReferenceOps, SmallTileOps, tolerance
 
 STEPS = [[(0, 0, 1), (1, 0, 30), (2, 0, 71)], [(0, 0, 1), (1, 30, 37), (2, 71, 72)]]  # prompts, then a mixed batch
 SEQ_LENS = [1, 37, 72]
@@ -40,21 +40,60 @@ def test_attention(dtype: torch.dtype, window: int, soft_cap: float, with_norm: 
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"),
-    [(3, 3, 64, 16), (4, 4, 80, 16), (2, 1, 96, 32), (16, 1, 128, 16), (5, 1, 256, 48), (9, 3, 16, 64)],
+    ("heads", "kv_heads", "head_dim", "block_size", "dtype", "fp8"),
+    [
+        (3, 3, 64, 16, torch.bfloat16, False),
+        (7, 1, 64, 16, torch.float16, True),
+        (4, 4, 80, 16, torch.float16, False),
+        (2, 1, 96, 32, torch.bfloat16, False),
+        (8, 2, 96, 16, torch.bfloat16, True),
+        (16, 1, 128, 16, torch.float16, False),
+        (12, 1, 128, 16, torch.bfloat16, True),
+        (5, 1, 256, 48, torch.bfloat16, False),
+        (2, 1, 256, 16, torch.float16, True),
+        (9, 3, 16, 64, torch.bfloat16, False),
+    ],
 )
-def test_heads_groups_and_blocks(heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
-    batch = PagedBatch.random(KVCacheSpec(kv_heads, head_dim, block_size, torch.bfloat16), heads, [5, 70])
+def test_heads_groups_and_blocks(
+    heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, fp8: bool
+) -> None:
+    """Both forms of the kernel."""
+    batch = PagedBatch.random(KVCacheSpec(kv_heads, head_dim, block_size, dtype), heads, [5, 70])
     steps = [[(0, 0, 4), (1, 0, 69)], [(0, 4, 5), (1, 69, 70)]]
-    actual = batch.run(SmallTileOps(), steps, device=DEVICE)
-    assert relative_error(actual, batch.run(REFERENCE, steps)) < tolerance(torch.bfloat16)
+    actual = batch.run(SmallTileOps(fp8=fp8), steps, device=DEVICE)
+    expected = batch.run(Fp8ReferenceOps() if fp8 else REFERENCE, steps)
+    assert relative_error(actual, expected) < (1 + fp8) * tolerance(dtype)
+    assert torch.equal(actual, batch.run(SmallTileOps(split=2, fp8=fp8), steps, device=DEVICE))
 
 
-def test_keys_and_values_in_8_bits() -> None:
-    batch = PagedBatch.random(KVCacheSpec(2, 64, 16, torch.bfloat16), 4, SEQ_LENS)
-    actual = batch.run(SmallTileOps(split=16, fp8=True), STEPS, device=DEVICE)
+@pytest.mark.parametrize(("dtype", "window", "soft_cap"), [(torch.float32, 0, 0.0), (torch.bfloat16, 37, 20.0)])
+def test_sinks(dtype: torch.dtype, window: int, soft_cap: float) -> None:
+    """gpt-oss' key without a value: absent (-inf), of small weight, and so heavy that nothing else counts."""
+    batch = PagedBatch.random(KVCacheSpec(2, 32, 16, dtype), 6, SEQ_LENS)
+    sinks = torch.tensor([-torch.inf, 0.0, 1.5, 4.0, -3.0, 500.0])
+    run = {"window": window, "soft_cap": soft_cap, "sinks": sinks}
+    actual = batch.run(SmallTileOps(), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
+    split = batch.run(SmallTileOps(split=16), STEPS, **run, device=DEVICE)  # type: ignore[arg-type]
+    expected = batch.run(REFERENCE, STEPS, **run)  # type: ignore[arg-type]
+    assert relative_error(actual, expected) < tolerance(dtype)
+    assert torch.equal(actual, split)
+    without = batch.run(SmallTileOps(), STEPS, window=window, soft_cap=soft_cap, device=DEVICE)
+    assert torch.equal(actual[:, :32], without[:, :32])  # the head whose sink is -inf
+    assert (actual[:, 32:160] != without[:, 32:160]).any(dim=1).all()
+    assert not actual[:, 160:].any()
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "window"), [(torch.bfloat16, 64, 0), (torch.float16, 80, 37)])
+def test_keys_and_values_in_8_bits(dtype: torch.dtype, head_dim: int, window: int) -> None:
+    batch = PagedBatch.random(KVCacheSpec(2, head_dim, 16, dtype), 4, SEQ_LENS)
+    batch.qkv[3] = 0  # a token whose keys and values are zero has a scale too
+    batch.qkv[5, 6 * head_dim :] *= 900  # values beyond e4m3's largest number
+    actual = batch.run(SmallTileOps(fp8=True), STEPS, window=window, device=DEVICE)
     assert actual.isfinite().all()
-    assert relative_error(actual, batch.run(REFERENCE, STEPS)) < 0.06  # e4m3 has 3 bits of mantissa
+    assert torch.equal(actual, batch.run(SmallTileOps(split=16, fp8=True), STEPS, window=window, device=DEVICE))
+    expected = batch.run(Fp8ReferenceOps(), STEPS, window=window)
+    assert relative_error(actual, expected) < 2 * tolerance(dtype)
+    assert relative_error(expected, batch.run(REFERENCE, STEPS, window=window)) < 0.06  # 3 bits of mantissa
 
 
 def test_neither_chunks_nor_neighbours_nor_splits_show() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmserve.kernels.ops import KVCacheSpec
-from llmserve.kernels.triton.kv_cache import FP8, copy_blocks
+from llmserve.kernels.ops import FP8_KV, KVCacheSpec
+from llmserve.kernels.triton.kv_cache import copy_blocks
 from tests.kernels.cpu_cases import PagedBatch, relative_error, to_device
 from tests.kernels.triton.triton_cases import DEVICE, DTYPES, REFERENCE, tolerance, triton_ops
 
@@ -70,7 +70,7 @@ def test_embedding() -> None:
     assert wrong[1:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8_KV])
 def test_blocks_are_copied_whole(dtype: torch.dtype) -> None:
     cache = OPS.allocate_kv_cache(KVCacheSpec(3, 80, 16, dtype), 9, DEVICE)
     cache.data.view(torch.uint8).random_(0, 120)
@@ -89,13 +89,13 @@ def test_blocks_are_copied_whole(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("dtype", [*DTYPES, FP8])
+@pytest.mark.parametrize("dtype", [*DTYPES, FP8_KV])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 80), (16, 1, 16), (2, 1, 256)])
 def test_rotary_writes_what_it_should_where_it_should(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, with_norm: bool
 ) -> None:
     spec = KVCacheSpec(kv_heads, head_dim, 16, dtype)
-    compute = torch.bfloat16 if dtype == FP8 else dtype
+    compute = torch.bfloat16 if dtype == FP8_KV else dtype
     batch = PagedBatch.random(KVCacheSpec(kv_heads, head_dim, 16, compute), heads, [3, 1, 21])
     norm = (torch.rand(head_dim) + 0.5).to(DEVICE) if with_norm else None
     meta, rows = batch.metadata([(0, 1, 3), (1, 0, 1), (2, 15, 18)])

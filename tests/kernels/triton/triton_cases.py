@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from triton import knobs
 
-from llmserve.kernels.ops import AttentionMetadata, KVCache, KVCacheSpec
+from llmserve.kernels.ops import FP8_KV, AttentionMetadata, KVCache, KVCacheSpec
 from llmserve.kernels.reference import ReferenceOps
-from llmserve.kernels.triton.kv_cache import FP8, TritonKVCache
+from llmserve.kernels.reference_attention import DenseKVCache
+from llmserve.kernels.triton.kv_cache import TritonKVCache
 from llmserve.kernels.triton.ops import TritonOps, create_triton_ops
 from llmserve.kernels.triton.split_attention import paged_attention
 from llmserve.kernels.triton.tables import AttentionTiles
@@ -40,7 +41,7 @@ class SmallTileOps(TritonOps):
         self._tiles = tiles
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> TritonKVCache:
-        return TritonKVCache(replace(spec, dtype=FP8) if self._fp8 else spec, num_blocks, device)
+        return TritonKVCache(replace(spec, dtype=FP8_KV) if self._fp8 else spec, num_blocks, device)
 
     def paged_attention(
         self,
@@ -54,7 +55,14 @@ class SmallTileOps(TritonOps):
     ) -> torch.Tensor:
         assert isinstance(kv_cache, TritonKVCache)
         min_programs = 10**9 if q.shape[0] <= self._split else 0
-        return paged_attention(q, kv_cache, meta, scale, sliding_window, soft_cap, self._tiles, min_programs)
+        return paged_attention(q, kv_cache, meta, scale, sliding_window, soft_cap, sinks, self._tiles, min_programs)
+
+
+class Fp8ReferenceOps(ReferenceOps):
+    """Plain torch with a cache that keeps keys and values in 8 bits."""
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> DenseKVCache:
+        return DenseKVCache(replace(spec, dtype=FP8_KV), num_blocks, device)
 
 
 def tolerance(dtype: torch.dtype) -> float:
