@@ -57,7 +57,7 @@ async def quiet_ttft(load: Load, flood: int, seconds: float) -> list[float]:
 
 
 async def measure(seconds: float, real: bool) -> None:
-    print(f"predicted: {PREDICTED}")
+    print(f"predicted: {PREDICTED}", flush=True)
     step_s = 0.0 if real else 0.01
     alone = 0.0
     for name, policy, flood in (("alone", "fair", 0), ("fair", "fair", FLOOD), ("fcfs", "fcfs", FLOOD)):
