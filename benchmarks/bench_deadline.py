@@ -36,7 +36,7 @@ async def client(port: int, key: str, number: int, seconds: float) -> list[tuple
 
 
 async def measure(seconds: float) -> None:
-    print(f"predicted: {PREDICTED}")
+    print(f"predicted: {PREDICTED}", flush=True)
     with running(Load(max_num_seqs=NUM_SEATS, max_queue_time_s=0.0)) as (port, keys):
         runs = await asyncio.gather(*(client(port, keys["quiet"], number, seconds) for number in range(NUM_CLIENTS)))
     answers = [pair for run in runs for pair in run]

@@ -3,7 +3,7 @@
 Alone, then beside the flood, under `fair` and under `fcfs`. `--real` takes the embedded model instead of none: then a
 step beside others takes longer too, which no policy can change.
 
-    python -m benchmarks.bench_fairness [--seconds 10] [--real]
+    python -m benchmarks.bench_fairness [--seconds 10] [--flood 100] [--real]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import uvloop
 
 from benchmarks.door_load import Load, ask, quantile, running
 
-EVERY_S, FLOOD = 0.1, 100
+EVERY_S = 0.1
 # Written down before the first run.
 PREDICTED = "fair: 1.3 times alone, fcfs: 100 times"
 
@@ -56,26 +56,28 @@ async def quiet_ttft(load: Load, flood: int, seconds: float) -> list[float]:
     return [answer.first_token_s for answer in answers]
 
 
-async def measure(seconds: float, real: bool) -> None:
-    print(f"predicted: {PREDICTED}")
+async def measure(seconds: float, flood: int, real: bool) -> None:
+    print(f"predicted: {PREDICTED}", flush=True)
     step_s = 0.0 if real else 0.01
     alone = 0.0
-    for name, policy, flood in (("alone", "fair", 0), ("fair", "fair", FLOOD), ("fcfs", "fcfs", FLOOD)):
-        ttft = await quiet_ttft(Load(step_s, 16, policy, 0.0), flood, seconds)
+    for name, policy, num_others in (("alone", "fair", 0), ("fair", "fair", flood), ("fcfs", "fcfs", flood)):
+        ttft = await quiet_ttft(Load(step_s, 16, policy, 0.0), num_others, seconds)
         p99 = quantile(ttft, 0.99)
         alone = alone or p99
         print(
             f"{name:6} {len(ttft)} requests: TTFT p50 {quantile(ttft, 0.5) * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms "
-            f"= {p99 / alone:.2f} times alone"
+            f"= {p99 / alone:.2f} times alone",
+            flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--flood", type=int, default=100, help="requests that the other tenant keeps in flight")
     parser.add_argument("--real", action="store_true", help="the embedded model")
     options = parser.parse_args()
-    uvloop.run(measure(options.seconds, options.real))
+    uvloop.run(measure(options.seconds, options.flood, options.real))
 
 
 if __name__ == "__main__":

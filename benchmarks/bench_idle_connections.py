@@ -32,7 +32,7 @@ async def first_tokens(port: int, key: str, number: int) -> list[float]:
 
 
 async def measure(num_connections: int) -> None:
-    print(f"predicted: {PREDICTED}")
+    print(f"predicted: {PREDICTED}", flush=True)
     with running(Load(step_s=0.001)) as (port, keys):
         key = keys["quiet"]
         server = next(child for child in psutil.Process().children() if "benchmarks.door_load" in child.cmdline())

@@ -24,7 +24,7 @@ async def measure(url: str, rounds: int) -> None:
     async with httpx.AsyncClient() as client:
         cards = (await client.get(f"{url}/v1/models")).json()["data"]
     num_tokens = cards[0]["max_model_len"] - 2
-    print(f"predicted: {PREDICTED}")
+    print(f"predicted: {PREDICTED}", flush=True)
     await interference(url, 0, 512)  # warm
     figures = [await interference(url, number + 1, num_tokens) for number in range(rounds)]
     print(f"a prompt of {num_tokens} tokens beside {NUM_STREAMS} streams, median of {rounds} rounds:")

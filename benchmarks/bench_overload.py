@@ -76,7 +76,7 @@ async def measure(seconds: float, times: float) -> None:
     rate_done = num_tokens / (last_s - first_s)
     ttft = [answer.first_token_s for answer in accepted]
     refusals = [answer.end_s for answer in refused]
-    print(f"predicted: {PREDICTED}")
+    print(f"predicted: {PREDICTED}", flush=True)
     print(
         f"peak {peak_rate:.0f} tokens/s; {rate:.0f} requests/s for {seconds:.0f} s = {times:g} times the capacity\n"
         f"accepted {len(accepted)}: TTFT p50 {quantile(ttft, 0.5):.2f} s, p99 {quantile(ttft, 0.99):.2f} s "

@@ -34,7 +34,7 @@ async def reload(server: Server, client: httpx.AsyncClient) -> float:
 
 
 async def measure(num_reloads: int) -> None:
-    print(f"predicted: {PREDICTED}")
+    print(f"predicted: {PREDICTED}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         try:
@@ -46,13 +46,13 @@ async def measure(num_reloads: int) -> None:
                 for _ in range(num_reloads):
                     took_s.append(await reload(server, client))
                     memory_mib.append(server.info.memory_info().rss / 2**20)
+                    print(f"{took_s[-1]:.1f} s, {memory_mib[-1]:.1f} MiB", flush=True)
                 after = server.holdings()
         finally:
             server.process.terminate()
             server.process.wait(60)
     settled = memory_mib[min(SETTLED, num_reloads - 1) :]
     growth = (settled[-1] - settled[0]) / max(len(settled) - 1, 1)
-    print("MiB after each: " + " ".join(f"{mib:.1f}" for mib in memory_mib))
     print(f"{num_reloads} reloads of {statistics.median(took_s):.1f} s: {growth:+.2f} MiB each once settled")
     print(
         f"left behind: { {what: after[what] - count for what, count in before.items() if after[what] > count} or None }"

@@ -34,7 +34,7 @@ from llmserve.engine.launch import PROCESS_NAME
 MODEL = "smollm2-135m-instruct"
 STALL_TIMEOUT_S = 2.0
 START_S = 120.0
-RANDOM_SEED = 20_26
+RANDOM_SEED = 5932  # every kind of harm is among the first six, a kill first: so in a short run too
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
 # Greedy and seeded, plain and with everything that looks back at what was said, one answer and several.
 REQUESTS: tuple[dict[str, Any], ...] = (

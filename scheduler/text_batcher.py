@@ -22,7 +22,7 @@ class TextBatcher:
     All times are seconds of whatever clock the caller reads; they only ever grow.
     """
 
-    def __init__(self, max_batch_tokens: int, max_batch_texts: int = 1024, max_wait_s: float = 1.0) -> None:
+    def __init__(self, max_batch_tokens: int, max_batch_texts: int = 1024, max_wait_s: float = 30.0) -> None:
         """A text that has waited `max_wait_s` is the next of its tenant."""
         self.max_batch_tokens = max_batch_tokens
         self._max_batch_texts = max_batch_texts
