@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
@@ -281,6 +282,21 @@ def test_a_server_that_ends_answers_first(tmp_path: Path, taken: list[bytes]) ->
     ((response, _),) = answers
     assert response.status == 200
     assert response.getheader("connection") == "close"
+
+
+def test_nothing_of_a_request_waits_for_the_garbage_collector(tmp_path: Path, taken: list[bytes]) -> None:
+    """Objects in a cycle would be memory that is cold each time, and grow by all that a request brings."""
+    with serving(tmp_path) as server:
+        gc.disable()
+        try:
+            for content in (body(0.0), b"{", json.dumps({"inputs": []}).encode()):
+                assert ask(server, content, {})[0].status in (200, 400, 500)
+            wait_for(lambda: sum(server.metrics.requests.values()) == 3)
+            kinds = {"_Call", "InferStream", "Answering", "InferRequest"}
+            assert [type(item).__name__ for item in gc.get_objects() if type(item).__name__ in kinds] == []
+        finally:
+            gc.enable()
+    assert len(taken) == 3
 
 
 def test_a_bug_of_ours_is_answered_and_costs_no_other_request(
