@@ -46,9 +46,9 @@ class Case:
 
 
 # Microseconds of llmserve's processes, from the parts. A request on the short way, past the door and back, costs 20, of
-# which two system calls are half; our reading and writing of JSON with 16 numbers 15, of binary tensors 13; a request to
-# the model and back 50 if it is handed ahead (15 in the server, 20 in the model's process, a third of each wake-up) and
-# 27 if it is batched.
+# which two system calls are half; our reading and writing of JSON with 16 numbers 15, of binary tensors 13; a request
+# to the model and back 50 if it is handed ahead (15 in the server, 20 in the model's process, a third of each wake-up)
+# and 27 if it is batched.
 HTTP_US, JSON_US, BINARY_US, ALONE_US, BATCHED_US, STREAMED_US = 20, 15, 13, 50, 27, 12
 
 

@@ -230,7 +230,7 @@ def test_one_connection_mixes_both_ways(tmp_path: Path, taken: list[bytes]) -> N
         assert len(taken) >= 4  # those that came alone, and the first of the pipelined
         for more in ("", "Origin: http://localhost\r\n"):
             connection.sendall(raw(body(0.2, 1.0), more=more) + raw(b"{"))  # the second could be answered at once
-            assert [list(answer)[0] for answer in read_answers(connection, 2)] == ["model_name", "error"]
+            assert [next(iter(answer)) for answer in read_answers(connection, 2)] == ["model_name", "error"]
         connection.sendall(raw(body(0.0, 9.0), version="1.0"))
         assert read_answers(connection, 1)[0]["outputs"][0]["data"][1] == 9
         assert connection.recv(1) == b""
