@@ -48,7 +48,7 @@ def run(folder: Path, server: Running, protocol: str, model: str, concurrency: i
     port = server.port if protocol == "http" else server.grpc_port
     command = [str(tools / "perf_analyzer"), "-m", model, "-u", f"127.0.0.1:{port}", "-i", protocol]
     command += ["--concurrency-range", str(concurrency), "--measurement-mode", "count_windows"]
-    command += ["--measurement-request-count", "2000", "--stability-percentage", "30", "--max-trials", "4"]
+    command += ["--measurement-request-count", "3000", "--stability-percentage", "80", "--max-trials", "5"]
     done = subprocess.run(
         command, env=os.environ | {"LD_LIBRARY_PATH": str(tools)}, capture_output=True, text=True, timeout=120
     )

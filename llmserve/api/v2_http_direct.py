@@ -195,6 +195,7 @@ class _Call:
         self._end(CLIENT_CLOSED_REQUEST)
 
     def _end(self, status: int) -> None:
+        self._cancel = None  # it would hold the request and all it has brought
         owner = self._owner
         owner.metrics.observe(self._route.template, "POST", status, time.monotonic() - self._begin_s)
         owner.door.end(self._context)

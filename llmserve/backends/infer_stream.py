@@ -80,7 +80,11 @@ class InferStream(AsyncIterator[InferResponse]):
         """
         self._deliver = take
         self.started = True
-        self._target.submit(self)
+        try:
+            self._target.submit(self)
+        except LLMServeError:
+            self._deliver = None
+            raise
 
     async def __anext__(self) -> InferResponse:
         if not self.started:
@@ -118,6 +122,7 @@ class InferStream(AsyncIterator[InferResponse]):
 
     def close(self) -> None:
         """`aclose`, which waits for nothing."""
+        self._deliver = None
         self._ready.clear()
         if self.started and not self.done:
             self.done = True
@@ -127,8 +132,10 @@ class InferStream(AsyncIterator[InferResponse]):
     def put(self, item: InferResponse | LLMServeError, final: bool) -> None:
         """The next response, or the error that ends the stream."""
         self.done = final
-        if self._deliver is not None:
-            self._deliver(item)
+        if (deliver := self._deliver) is not None:
+            if final:
+                self._deliver = None  # or this and its reader would hold each other until the garbage collector comes
+            deliver(item)
             return
         self._ready.append(item)
         if self._waiter is not None and not self._waiter.done():

@@ -52,6 +52,12 @@ class InstanceSettings:
     healthy_s: float = 60.0  # a process that has run so long has recovered: the next restart is a first one
     log_level: str = "info"
 
+    def pause_s(self, num_failures: int) -> float:
+        """Before a restart after so many failures in a row: none before the first, then pauses that double."""
+        if not num_failures:
+            return 0.0
+        return min(self.min_backoff_s * 2.0 ** (num_failures - 1), self.max_backoff_s)
+
 
 class InstanceProcess:
     """One process, from its start to its end; never restarted. `on_end` is called once if it ends unasked."""

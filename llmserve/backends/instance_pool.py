@@ -210,9 +210,8 @@ class ProcessInstance:
         while not self._stopped.is_set():
             if self._num_failures:
                 self.state = InstanceState.BACKING_OFF
-                pause_s = min(settings.min_backoff_s * 2.0 ** (self._num_failures - 1), settings.max_backoff_s)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopped.wait(), pause_s)
+                    await asyncio.wait_for(self._stopped.wait(), settings.pause_s(self._num_failures))
             self._num_failures += 1
             self.num_restarts += 1
             self.state = InstanceState.STARTING

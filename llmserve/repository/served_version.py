@@ -164,7 +164,7 @@ class Answering(AsyncIterator[InferResponse]):
         self._responses = responses
         self._version = version
         self._counted = False
-        self._take: Callable[[InferResponse | LLMServeError], None]
+        self._take: Callable[[InferResponse | LLMServeError], None] | None = None
 
     def __anext__(self) -> Awaitable[InferResponse]:
         if not self._counted:
@@ -183,6 +183,7 @@ class Answering(AsyncIterator[InferResponse]):
         try:
             self._responses.deliver(self._pass_on)
         except LLMServeError:
+            self._take = None
             self._uncount()
             raise
         return True
@@ -197,14 +198,18 @@ class Answering(AsyncIterator[InferResponse]):
     def close(self) -> None:
         """Cancels what `deliver` has begun, if it is not finished."""
         assert isinstance(self._responses, InferStream)
+        self._take = None
         self._responses.close()
         self._uncount()
 
     def _pass_on(self, item: InferResponse | LLMServeError) -> None:
         assert isinstance(self._responses, InferStream)
+        take = self._take
+        assert take is not None
         if self._responses.done:
+            self._take = None
             self._uncount()
-        self._take(item)
+        take(item)
 
     def _uncount(self) -> None:
         if self._counted:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+import uvloop
 
 from llmserve.api.app import create_app
 from llmserve.api.entrance import Entrance
@@ -66,7 +67,7 @@ def run_guarded(door: DoorConfig, settings: ApiSettings, plane: Any = None) -> I
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        thread = threading.Thread(target=lambda: asyncio.run(main(listener)), daemon=True)
+        thread = threading.Thread(target=lambda: uvloop.run(main(listener)), daemon=True)
         thread.start()
         started.wait(10)
         yield GuardedServer(port, "https" if door.tls_certificate else "http", model, metrics, loops[0])

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llmserve.backends.instance import InstanceSettings
 from llmserve.backends.shared_memory import SegmentPool
 from llmserve.errors import LLMServeError, ModelExecutionError, ModelLoadError, NotReadyError
 from tests.general.general_models import (
@@ -23,8 +24,10 @@ from tests.general.general_models import (
     PYTHON,
     fp32,
     infer,
+    infer_all,
     is_alive,
     open_descriptors,
+    request,
     running,
     until,
 )
@@ -200,6 +203,61 @@ def test_a_stopped_process_is_not_ready_and_is_replaced_when_it_is_needed(tmp_pa
     asyncio.run(scenario())
 
 
+def test_what_a_killed_model_has_started_is_killed_with_it(tmp_path: Path) -> None:
+    source = MOODY + (
+        "    def initialize(self, args):\n"
+        "        import subprocess\n"
+        f"        child = subprocess.Popen(['sleep', '1000'])\n"
+        f"        open({str(tmp_path / 'children')!r}, 'a').write(f'{{child.pid}} ')\n"
+    )
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": source}) as model:
+            with pytest.raises(ModelExecutionError):
+                await infer(model, INPUT0=fp32(KILL))
+            await until(model.is_ready)
+            first, second = (int(pid) for pid in (tmp_path / "children").read_text().split())
+            await until(lambda: not is_alive(first))
+            assert is_alive(second)
+
+    asyncio.run(scenario())
+
+
+def test_a_model_with_nothing_to_do_may_be_silent(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": IDENTITY}, execution_timeout_s=0.2) as model:
+            pids = model.pids
+            await infer(model, INPUT0=fp32(1))
+            await asyncio.sleep(0.5)
+            assert model.pids == pids
+            assert model.is_ready()
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_goes_on_answering_is_not_hung(tmp_path: Path) -> None:
+    source = """
+import time
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        (request,) = requests
+        sender = request.get_response_sender()
+        for _ in range(6):
+            time.sleep(0.2)
+            sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", request.inputs()[0].as_numpy())]))
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+    async def scenario() -> None:
+        config = PYTHON + "model_transaction_policy { decoupled: true }"
+        async with running(tmp_path, {"model.py": source}, config, execution_timeout_s=0.8) as model:
+            assert len(await infer_all(model, request({"INPUT0": fp32(1)}))) == 7
+
+    asyncio.run(scenario())
+
+
 def test_an_idle_model_that_is_killed_is_back_before_anybody_asks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path, {"model.py": IDENTITY}) as model:
@@ -223,6 +281,35 @@ def test_a_model_that_keeps_dying_is_given_pauses_and_says_so(tmp_path: Path) ->
                 await infer(model, INPUT0=fp32(0))
             await until(model.is_ready)
             assert (await infer(model, INPUT0=fp32(0)))["OUTPUT0"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_pauses_double_up_to_their_limit() -> None:
+    settings = InstanceSettings(min_backoff_s=0.5, max_backoff_s=3.0)
+    assert [settings.pause_s(failures) for failures in range(6)] == [0, 0.5, 1, 2, 3, 3]
+
+
+def test_pauses_are_kept_and_forgiven(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": MOODY}, min_backoff_s=0.3, healthy_s=0.8) as model:
+
+            async def down_s() -> float:
+                """Kills it; how long it is not ready."""
+                started_s = time.monotonic()
+                with pytest.raises(ModelExecutionError):
+                    await infer(model, INPUT0=fp32(KILL))
+                await until(model.is_ready)
+                return time.monotonic() - started_s
+
+            await down_s()
+            assert await down_s() >= 0.3
+            assert await down_s() >= 0.6
+            await asyncio.sleep(0.9)  # it has run so long now that it counts as healthy
+            with pytest.raises(ModelExecutionError):
+                await infer(model, INPUT0=fp32(KILL))
+            assert "waiting to be restarted" not in model.reason  # at once, as the first time
+            await until(model.is_ready)
 
     asyncio.run(scenario())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
@@ -227,6 +228,9 @@ def test_one_connection_mixes_both_ways(tmp_path: Path, taken: list[bytes]) -> N
         (last,) = read_answers(connection, 1)
         assert [answer["outputs"][0]["data"][1] for answer in (first, second, *many, last)] == list(range(1, 9))
         assert len(taken) >= 4  # those that came alone, and the first of the pipelined
+        for more in ("", "Origin: http://localhost\r\n"):
+            connection.sendall(raw(body(0.2, 1.0), more=more) + raw(b"{"))  # the second could be answered at once
+            assert [next(iter(answer)) for answer in read_answers(connection, 2)] == ["model_name", "error"]
         connection.sendall(raw(body(0.0, 9.0), version="1.0"))
         assert read_answers(connection, 1)[0]["outputs"][0]["data"][1] == 9
         assert connection.recv(1) == b""
@@ -281,6 +285,21 @@ def test_a_server_that_ends_answers_first(tmp_path: Path, taken: list[bytes]) ->
     ((response, _),) = answers
     assert response.status == 200
     assert response.getheader("connection") == "close"
+
+
+def test_nothing_of_a_request_waits_for_the_garbage_collector(tmp_path: Path, taken: list[bytes]) -> None:
+    """Objects in a cycle would be memory that is cold each time, and grow by all that a request brings."""
+    with serving(tmp_path) as server:
+        gc.disable()
+        try:
+            for content in (body(0.0), b"{", json.dumps({"inputs": []}).encode()):
+                assert ask(server, content, {})[0].status in (200, 400, 500)
+            wait_for(lambda: sum(server.metrics.requests.values()) == 3)
+            kinds = {"_Call", "InferStream", "Answering", "InferRequest"}
+            assert [type(item).__name__ for item in gc.get_objects() if type(item).__name__ in kinds] == []
+        finally:
+            gc.enable()
+    assert len(taken) == 3
 
 
 def test_a_bug_of_ours_is_answered_and_costs_no_other_request(

@@ -206,8 +206,14 @@ def server() -> Iterator[V2Server]:
         model_control_mode=ModelControlMode.EXPLICIT,
         load_model=("*",),
     )
-    with serve_v2(settings, GeneralModel) as running:
+    with serve_v2(settings, open_model) as running:
         yield running
+
+
+def open_model(name: str, *where: Any) -> GeneralModel:
+    """Forty processes would cost more than all that is asked of them: only models that must not hold the server up have
+    their own, as all have in other tests."""
+    return GeneralModel(name, *where, inline=not name.startswith("slow"))
 
 
 @pytest.fixture(scope="module")

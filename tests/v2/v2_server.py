@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from llmserve.api.entrance import Entrance
@@ -92,7 +93,7 @@ def serve_v2(
 
     def main() -> None:
         try:
-            asyncio.run(run())
+            uvloop.run(run())
         except BaseException as error:  # noqa: BLE001  # the test's thread raises it again
             started.append(error)
             ready.set()
