@@ -29,8 +29,8 @@ from llmserve.kernels.triton.layer_norm import layer_norm
 from llmserve.kernels.triton.products import multiply
 from llmserve.kernels.triton.sampling import sample as draw
 from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles
-from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows
-from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, W4A16_GROUPS, row_bytes
+from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows, pack_mxfp4_rows
+from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, MXFP4, W4A16_GROUPS, row_bytes
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FIRST_WITH_FP8 = 89  # of NVIDIA's; AMD's fp8 is another
@@ -45,7 +45,7 @@ class TritonOps:
 
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture
-        self.weight_formats: tuple[str, ...] = (DENSE, INT8, *W4A16_GROUPS)
+        self.weight_formats: tuple[str, ...] = (DENSE, INT8, MXFP4, *W4A16_GROUPS)
         if architecture.startswith("sm_") and int(architecture[3:]) >= _FIRST_WITH_FP8:
             self.weight_formats += (FP8, FP8_G128)
         self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
@@ -65,7 +65,9 @@ class TritonOps:
 
     def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
         """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise them, and pack that."""
-        self._check_format(ggml_type, (INT8, FP8, FP8_G128, *W4A16_GROUPS))
+        self._check_format(ggml_type, (INT8, FP8, FP8_G128, MXFP4, *W4A16_GROUPS))
+        if ggml_type == MXFP4:
+            return pack_mxfp4_rows(raw, bias)
         if ggml_type in W4A16_GROUPS:
             return pack_group_rows(raw, bias, ggml_type)
         return pack_byte_rows(raw, bias, ggml_type)
@@ -100,7 +102,7 @@ class TritonOps:
         offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [t, in] by our own kernel; with `offsets`, those of a mixture's rows, each times its expert's matrix."""
-        bits = {"dense": 16, "w4": 4}.get(weight.kind, 8)
+        bits = {"dense": 16, "w4": 4, "mxfp4": 4}.get(weight.kind, 8)
         if bits != 8 and x.dtype == torch.float32:
             bits = 32  # tensor cores do not take them
         tiles = gemm_tiles(self.architecture, bits)

@@ -52,7 +52,7 @@ def multiply(
     out = torch.empty((num_rows, n), dtype=out_dtype, device=x.device)
     if not num_rows:
         return out
-    in_bytes = weight.kind not in ("dense", "w4")
+    in_bytes = weight.kind not in ("dense", "w4", "mxfp4")
     x, x_scale = quantize(x, weight.data.dtype) if in_bytes else (x.contiguous(), out)
     tile = choose_tiles(tiles, triton.cdiv(num_rows, max(weight.num_experts, 1)))
     row_tiles = triton.cdiv(num_rows, tile.rows)
@@ -63,7 +63,7 @@ def multiply(
     num_parts = triton.cdiv(k, partition)
     split = num_parts > 1 and num_tiles < min_programs
     parts = torch.empty((num_parts, num_rows, n), dtype=torch.float32, device=x.device) if split else out
-    described = tile.descriptors and weight.kind != "w4" and k * x.itemsize % 16 == 0
+    described = tile.descriptors and not weight.depth and k * x.itemsize % 16 == 0
     shape = {
         "N": n,
         "KIND": weight.kind,

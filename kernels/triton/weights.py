@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, W4A16_GROUPS, row_features
+from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, MXFP4, W4A16_GROUPS, row_features
 
 _SLICE_ELEMENTS = 1 << 22  # converted at once: bounds the copies
 BYTE_DTYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
@@ -26,7 +26,7 @@ class PackedWeight:
     out_features: int
     in_features: int
     data: torch.Tensor  # [out, in] of x's dtype, int8 or fp8; of 4 bits uint8 [out, in / 2]
-    scale: torch.Tensor | None = None  # float32 [out] or [groups, out]; of 4 bits float16 [groups, out]
+    scale: torch.Tensor | None = None  # float32 [out] or [groups, out]; of 4 bits float16, of mxfp4 uint8 [groups, out]
     zeros: torch.Tensor | None = None  # uint8 [groups, out]
     bias: torch.Tensor | None = None  # [out], of any float type
     group: int = 0  # inputs that share a scale; 0: all
@@ -67,24 +67,45 @@ def pack_group_rows(raw: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> P
     """uint8 [out, bytes of a row] as `weight_formats` lays out a row of 4 bits."""
     group, in_features = W4A16_GROUPS[fmt], row_features(fmt, raw.shape[1])
     num_groups, depth = in_features // (group or in_features), w4_depth(group, in_features)
-    data = torch.empty((len(raw), in_features // 2), dtype=torch.uint8, device=raw.device)
-    for part in _row_slices(raw):
-        pairs = raw[part, : in_features // 2]
-        numbers = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(len(pairs), -1, 2, depth // 2)
-        data[part] = (numbers[:, :, 0] | numbers[:, :, 1] << 4).flatten(1)
     factors = raw[:, in_features // 2 :]
     return PackedWeight(
         format=fmt,
         kind="w4",
         out_features=len(raw),
         in_features=in_features,
-        data=data,
+        data=_in_halves(raw[:, : in_features // 2], depth),
         scale=_as(factors[:, : 2 * num_groups], torch.float16).T.contiguous(),
         zeros=factors[:, 2 * num_groups :].T.contiguous(),
         bias=bias,
         group=group,
         depth=depth,
     )
+
+
+def pack_mxfp4_rows(raw: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
+    """uint8 [out, in / 2 + in / 32]: E2M1 numbers, then exponents."""
+    in_features = raw.shape[1] // 17 * 32
+    return PackedWeight(
+        format=MXFP4,
+        kind=MXFP4,
+        out_features=len(raw),
+        in_features=in_features,
+        data=_in_halves(raw[:, : in_features // 2], 64),
+        scale=raw[:, in_features // 2 :].T.contiguous(),
+        bias=bias,
+        group=32,
+        depth=64,
+    )
+
+
+def _in_halves(pairs: torch.Tensor, depth: int) -> torch.Tensor:
+    """uint8 [out, in / 2], bytes of two neighbours -> of input j of a stretch and input j + depth / 2."""
+    data = torch.empty_like(pairs, memory_format=torch.contiguous_format)
+    for part in _row_slices(pairs):
+        some = pairs[part]
+        numbers = torch.stack((some & 15, some >> 4), dim=-1).view(len(some), -1, 2, depth // 2)
+        data[part] = (numbers[:, :, 0] | numbers[:, :, 1] << 4).flatten(1)
+    return data
 
 
 def w4_depth(group: int, in_features: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from llmserve.errors import ModelLoadError
-from llmserve.kernels.weight_formats import FP8, FP8_G128, w4a16_format
+from llmserve.kernels.weight_formats import FP8, FP8_G128, MXFP4, w4a16_format
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.raw_rows import BLOCK, Rows, encode_rows
 
@@ -73,6 +73,10 @@ class PackedMatrix:
 
     def read_raw(self, out: torch.Tensor, part: slice) -> None:
         """The outputs `part` in the format `type_name`: out uint8 [n, bytes of a row]."""
+        if self.type_name.lower() == MXFP4:
+            blocks, scales = (self._tensors[name][part] for name in ("weight_blocks", "weight_scales"))
+            out.copy_(torch.cat((blocks.flatten(1), scales), dim=1))
+            return
         out.copy_(encode_rows(self.type_name.lower(), self._rows(part), self._group_of, self._where))
 
     def _check_shapes(self) -> None:
@@ -126,6 +130,8 @@ class PackedMatrix:
             name = FP8
         elif quantization.block_size is not None:
             name = FP8_G128 if quantization.block_size[1] == 128 and self.shape[1] % 128 == 0 else None
+        elif quantization.layout == "mxfp4":
+            name = MXFP4 if self.shape[1] % 64 == 0 else None
         elif quantization.bits == 4 and quantization.layout in ("gptq", "awq", "packed"):
             name = w4a16_format(quantization.group_size, self.shape[1])
             in_order = torch.arange(self.shape[1]) // (quantization.group_size or self.shape[1])

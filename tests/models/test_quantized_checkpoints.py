@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llmserve.config import EngineConfig
 from llmserve.errors import ModelLoadError
 from llmserve.kernels.cpu.build import find_compiler
-from llmserve.kernels.weight_formats import DENSE, FP8, INT8, W4A16_GROUPS, row_bytes
+from llmserve.kernels.weight_formats import DENSE, FP8, INT8, MXFP4, W4A16_GROUPS, row_bytes
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.config import read_model_config
 from llmserve.models.packed_decoder import open_decoder
@@ -211,6 +211,14 @@ def test_gpt_oss_as_it_is_published(tmp_path, build_model, load, driver_class, p
     source.read(name, dense)
     blocks = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType.Q8_0)
     assert torch.equal(torch.from_numpy(blocks), dense)
+
+    on_a_gpu = open_weights(tmp_path / "packed", read_model_config(tmp_path / "packed"), (MXFP4,))
+    assert on_a_gpu.types[name] == "MXFP4"
+    raw = torch.empty(source.shapes[name][0], row_bytes(MXFP4, 64), dtype=torch.uint8)
+    on_a_gpu.read_raw(name, raw)
+    fused = name.partition("experts.")[0] + "experts.gate_up_proj"  # up's rows are every other one
+    assert torch.equal(raw[:, :32], tensors[f"{fused}_blocks"][3, 1::2].flatten(1))
+    assert torch.equal(raw[:, 32:], tensors[f"{fused}_scales"][3, 1::2])
 
 
 class TestRefusals:
