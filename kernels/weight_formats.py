@@ -20,7 +20,10 @@ MXFP4 = "mxfp4"
 Q8_0 = "q8_0"
 # GGUF's, kept as they lie in the file: ggml's name in lower case -> (weights a block, bytes a block)
 GGUF_FORMATS = {Q8_0: (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q4_k": (256, 144)}
-W4A16_GROUPS = {"w4a16": 0, "w4a16_g32": 32, "w4a16_g64": 64, "w4a16_g128": 128}  # inputs that share a scale; 0: all
+# Inputs that share a scale; 0: all.
+W4A16_GROUPS = {"w4a16": 0, "w4a16_g32": 32, "w4a16_g64": 64, "w4a16_g128": 128}
+ORDER = "_order"  # of 4 bits: inputs stand group by group, in an order that goes with the matrix (GPTQ's `desc_act`)
+W4A16_GROUPS |= {f"{name}{ORDER}": size for name, size in W4A16_GROUPS.items() if size}
 CPU_FORMATS = (DENSE, INT8, *GGUF_FORMATS)  # those the C kernels compute
 NATIVE_FORMATS = (INT8, FP8, FP8_G128, MXFP4, *W4A16_GROUPS, *GGUF_FORMATS)  # those a file may have
 

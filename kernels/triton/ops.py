@@ -30,7 +30,7 @@ from llmserve.kernels.triton.products import multiply
 from llmserve.kernels.triton.sampling import sample as draw
 from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles
 from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows, pack_mxfp4_rows
-from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, MXFP4, W4A16_GROUPS, row_bytes
+from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, MXFP4, ORDER, W4A16_GROUPS, row_bytes
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FIRST_WITH_FP8 = 89  # of NVIDIA's; AMD's fp8 is another
@@ -63,13 +63,15 @@ class TritonOps:
         self._check_format(fmt, (DENSE, INT8, FP8))
         return DenseLinearWeight(weight, bias) if fmt == DENSE else pack_bytes(weight, bias, fmt)
 
-    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+    def pack_quantized(
+        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+    ) -> LinearWeight:
         """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise them, and pack that."""
         self._check_format(ggml_type, (INT8, FP8, FP8_G128, MXFP4, *W4A16_GROUPS))
         if ggml_type == MXFP4:
             return pack_mxfp4_rows(raw, bias)
         if ggml_type in W4A16_GROUPS:
-            return pack_group_rows(raw, bias, ggml_type)
+            return pack_group_rows(raw, bias, ggml_type, order)
         return pack_byte_rows(raw, bias, ggml_type)
 
     def _check_format(self, fmt: str, wanted: tuple[str, ...]) -> None:
@@ -80,7 +82,8 @@ class TritonOps:
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         assert fmt in self.weight_formats
         a_row = in_features * dtype.itemsize if fmt == DENSE else row_bytes(fmt, in_features)
-        return out_features * (a_row + has_bias * dtype.itemsize)
+        order_bytes = 4 * in_features * fmt.endswith(ORDER)
+        return out_features * (a_row + has_bias * dtype.itemsize) + order_bytes
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """`out_dtype` float32 keeps what was accumulated."""

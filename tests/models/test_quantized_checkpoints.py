@@ -74,6 +74,7 @@ GPU_FORMATS = (DENSE, INT8, FP8, *W4A16_GROUPS)
 # What becomes of them where those are computed; of the others, nothing that is kept as it lies.
 ON_A_GPU = {
     **dict.fromkeys(("gptq", "gptq-asym", "gptq-v2", "awq", "w4a16", "w4a16-asym"), "w4a16_g32"),
+    **dict.fromkeys(("gptq-act-order", "w4a16-act-order"), "w4a16_g32_order"),
     "gptq-channel": "w4a16",
     "w8a8": "int8",
     **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-plain"), "fp8"),
@@ -88,6 +89,8 @@ def test_rows_for_a_gpu_hold_the_same_numbers(packed):
     assert native_types([source.types[name]], GPU_FORMATS) == ([] if fmt is None else [fmt.upper()])
     chosen = choose_formats(config, source.types, "gguf", GPU_FORMATS)
     assert chosen["model.layers.1.self_attn.qkv_proj"] == chosen["model.layers.1.mlp.down_proj"] == (fmt or DENSE)
+    order = source.input_order(name)
+    assert (order is not None) == (fmt is not None and fmt.endswith("_order"))
     if fmt is None:
         return
     rows, columns = source.shapes[name]
@@ -102,7 +105,7 @@ def test_rows_for_a_gpu_hold_the_same_numbers(packed):
         scales, zeros = factors.split([2 * (columns // group), columns // group], dim=1)
         numbers = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(rows, -1, group).int() - zeros[..., None].int()
         found = (numbers * scales.clone().view(torch.float16)[..., None].float()).flatten(1)
-    torch.testing.assert_close(found, expected[name], atol=0, rtol=1e-6)
+    torch.testing.assert_close(found, expected[name] if order is None else expected[name][:, order], atol=0, rtol=1e-6)
 
 
 def test_a_folder_without_a_head_and_its_packed_matrices(packed, tmp_path):
