@@ -8,14 +8,9 @@ from llmserve.kernels.triton.products import partition_of
 from llmserve.kernels.triton.quantize import quantize_kernel
 from llmserve.kernels.triton.tables import GemmTiles, gemm_tiles
 
-_X = {
-    "int8": "i8",
-    "fp8": "fp8e4nv",
-    "fp8 groups": "fp8e4nv",
-    "w4": "bf16",
-    "dense": "bf16",
-}  # Triton's names of the activations' types
-_BITS = {"int8": 8, "fp8": 8, "fp8 groups": 8, "w4": 4, "dense": 16}
+# Triton's names of the activations' types, and the bits of a weight
+_X = {"int8": "i8", "fp8": "fp8e4nv", "fp8 groups": "fp8e4nv", "w4": "bf16", "mxfp4": "bf16", "dense": "bf16"}
+_BITS = {"int8": 8, "fp8": 8, "fp8 groups": 8, "w4": 4, "mxfp4": 4, "dense": 16}
 _PRODUCT_KB = 136  # of shared memory: four stages of the largest tile
 
 
@@ -26,9 +21,9 @@ def _architectures(kind: str) -> tuple[str, ...]:
 def _types(kind: str) -> dict[str, str]:
     return {
         "x_ptr": f"*{_X[kind]}",
-        "w_ptr": "*u8" if kind == "w4" else f"*{_X[kind]}",
+        "w_ptr": "*u8" if kind in ("w4", "mxfp4") else f"*{_X[kind]}",
         **dict.fromkeys(("x_scale_ptr", "parts_ptr"), "*fp32"),
-        "w_scale_ptr": "*fp16" if kind == "w4" else "*fp32",
+        "w_scale_ptr": {"w4": "*fp16", "mxfp4": "*u8"}.get(kind, "*fp32"),
         "zeros_ptr": "*u8",
         "bias_ptr": "*bf16",
         "offsets_ptr": "*i32",
@@ -69,7 +64,7 @@ def _case(
         num_warps=tile.num_warps,
         max_registers=128 if tile.rows == 16 else 255,  # few rows: three programs at least, to keep loads on their way
         max_shared_bytes=_PRODUCT_KB * 2**10,
-        wide_loads=group != 32,  # such a tile's lines are 16 bytes, of which a thread takes 8
+        wide_loads=group not in (32, 64),  # such a tile's lines are 16 or 32 bytes, of which a thread takes 8
         matrix=True,
         architectures=(architecture,),
     )
@@ -133,13 +128,14 @@ def _mixture(experts: int, top_k: int, hidden: int) -> list[KernelCase]:
 
 
 def product_cases() -> list[KernelCase]:
-    """Llama-3.1-8B's output projection; a mixture's in the shapes of Qwen3-30B-A3B."""
+    """Llama-3.1-8B's output projection; a mixture's in the shapes of Qwen3-30B-A3B, in mxfp4 of gpt-oss-120b."""
     return [
         *_product("int8", "int8", 4096, 4096),
         *_product("fp8", "fp8", 4096, 4096),
         *_product("fp8 g128", "fp8 groups", 4096, 4096, group=128),
         *_product("w4 g128", "w4", 4096, 4096, group=128),
         *_product("w4 g32", "w4", 4096, 4096, group=32),
+        *_product("experts mxfp4", "mxfp4", 5760, 2880, experts=128, group=64),
         *_product("experts bf16", "dense", 1536, 2048, experts=128),
         *_product("experts fp8", "fp8", 1536, 2048, experts=128),
         *_product("experts w4 g128", "w4", 1536, 2048, experts=128, group=128),

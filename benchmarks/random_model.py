@@ -114,6 +114,9 @@ class RandomWeights:
         mean = 1.0 if len(out.shape) == 1 else 0.0  # norms
         out.copy_(torch.empty(self.shapes[name]).normal_(mean, self._scale, generator=generator).view(out.shape))
 
+    def input_order(self, name: str) -> torch.Tensor | None:
+        return None
+
     def read_raw(self, name: str, out: torch.Tensor) -> None:
         out.fill_(17)  # of 4 bits: a scale of 6e-4, a zero point of 17
 

@@ -177,10 +177,13 @@ class Ops(Protocol):
         "q8_0" make a byte of each weight, if `weight_formats` has them. Another is a ValueError."""
         ...
 
-    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+    def pack_quantized(
+        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+    ) -> LinearWeight:
         """Packs a matrix of GGUF blocks, or of int8 rows ("int8": a row is its float32 scale and a signed byte for each
         weight), raw uint8 [out, bytes of a row], and keeps its numbers; the caller drops its own reference. Rows may
-        have been joined or permuted. A type that is not in `weight_formats` is a ValueError."""
+        have been joined or permuted. `order` int64 [in], of formats that end in "_order": which input stands at
+        each place. A type that is not in `weight_formats` is a ValueError."""
         ...
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:

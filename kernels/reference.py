@@ -78,7 +78,9 @@ class ReferenceOps:
             raise ValueError(f"The reference ops know the weight format 'dense', not {fmt!r}.")
         return OneDnnLinearWeight(weight, bias) if can_pack(weight) else DenseLinearWeight(weight, bias)
 
-    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+    def pack_quantized(
+        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+    ) -> LinearWeight:
         """Always a ValueError: dequantise, and pack the dense matrix."""
         raise ValueError(f"The reference ops know the weight format 'dense', not {ggml_type!r}.")
 

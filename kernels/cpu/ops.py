@@ -72,9 +72,12 @@ class CPUOps:
         _dtype_of(weight)
         return pack_dense(weight, bias, self._weights)
 
-    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+    def pack_quantized(
+        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+    ) -> LinearWeight:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
         "q4_0", "q4_1" or "q4_k"; or rows of "int8". Rows may be joined (qkv). Another type is a ValueError."""
+        assert order is None  # there are no such formats here
         return pack_raw(raw, ggml_type, bias, self._weights)
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:

@@ -8,6 +8,7 @@ x [t, k] @ w[n, k]^T -> [t, n]. Bytes of a decode: those of the weights, n * k *
   "w4"  four bits without a sign, (q - zero) * scale for each group of inputs; a byte holds input j of a stretch of
         DEPTH in its low half and j + DEPTH / 2 in the high one, so that both halves are tiles as soon as unpacked.
         Scales multiply sums, not weights: the whole numbers q - zero are exact in x's type.
+  "mxfp4"  E2M1 numbers in bytes likewise, DEPTH 64, so that each half is a group of 32, times a power of two: exact.
 
 A row's result does not depend on the rows beside it. k is summed in partitions of a length that follows from the
 weight's shape, each from zero, added from left to right: by one program that walks through all, or, where rows are few,
@@ -112,6 +113,44 @@ def sum_partition_w4(
 
 
 @triton.jit
+def twice_e2m1(code):
+    """The number of four bits, of an integer type, times two, so that it is whole: 0 1 2 3 4 6 8 12, or less than 0."""
+    exponent, half = (code >> 1) & 3, code & 1
+    amount = tl.where(exponent == 0, half, (2 + half) << tl.maximum(exponent - 1, 0))
+    return tl.where(code >= 8, -amount, amount)
+
+
+@triton.jit
+def sum_partition_mxfp4(
+    x_ptr, w_ptr, exponent_ptr, first_row, end_row, first_line, end_line, start, end, N: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As above, of E2M1. Exponents uint8 [experts, k / 32, n], 127 for one."""
+    sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+    row, line = first_row + tl.arange(0, ROWS), first_line + tl.arange(0, COLUMNS)
+    row_inside, line_inside = (row < end_row)[None, :], line < end_line
+    half = tl.arange(0, 32)
+    x_at = x_ptr + row[None, :].to(tl.int64) * K + half[:, None]
+    w_at = w_ptr + line[:, None].to(tl.int64) * (K // 2) + half[None, :]
+    group_at = group_of_line(line, end_line, N, K, 32)
+    for first in tl.range(start, end, 64, num_stages=STAGES):
+        pair = tl.load(w_at + first // 2, mask=line_inside[:, None], other=0).to(tl.int32)
+        exponent_at = exponent_ptr + group_at + (first // 32) * N
+        low_exponent = tl.load(exponent_at, mask=line_inside, other=1).to(tl.int32)
+        high_exponent = tl.load(exponent_at + N, mask=line_inside, other=1).to(tl.int32)
+        x_low = tl.load(x_at + first, mask=row_inside, other=0.0)
+        x_high = tl.load(x_at + first + 32, mask=row_inside, other=0.0)
+        # The bits of a float32 that is a power of two, half of the scale.
+        low_scale = (tl.maximum(low_exponent - 1, 0) << 23).to(tl.float32, bitcast=True)
+        high_scale = (tl.maximum(high_exponent - 1, 0) << 23).to(tl.float32, bitcast=True)
+        low = (twice_e2m1(pair & 15).to(tl.float32) * low_scale[:, None]).to(x_low.dtype)
+        high = (twice_e2m1(pair >> 4).to(tl.float32) * high_scale[:, None]).to(x_low.dtype)
+        sums = tl.dot(low, x_low, sums, input_precision="ieee")
+        sums = tl.dot(high, x_high, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def finish(
     total, x_scale_ptr, w_scale_ptr, bias_ptr, row, row_inside, line, line_inside, KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -120,7 +159,7 @@ def finish(
     bias = tl.zeros([total.shape[0]], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + line, mask=line_inside, other=0.0).to(tl.float32)
-    if KIND == "dense" or KIND == "w4":
+    if KIND == "dense" or KIND == "w4" or KIND == "mxfp4":
         return total + bias[:, None] if HAS_BIAS else total
     row_scale = tl.load(x_scale_ptr + row, mask=row_inside, other=0.0)
     line_scale = tl.full([total.shape[0]], 1.0, tl.float32)
@@ -158,6 +197,11 @@ def gemm_kernel(
             total += sum_partition_w4(
                 x_ptr, w_ptr, w_scale_ptr, zeros_ptr, first_row, end_row, first_line, end_line, start, end, N, K, GROUP,
                 ROWS, COLUMNS, DEPTH, STAGES,
+            )  # fmt: skip
+        elif KIND == "mxfp4":
+            total += sum_partition_mxfp4(
+                x_ptr, w_ptr, w_scale_ptr, first_row, end_row, first_line, end_line, start, end, N, K, ROWS, COLUMNS,
+                STAGES,
             )  # fmt: skip
         else:
             total += sum_partition(

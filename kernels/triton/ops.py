@@ -31,8 +31,8 @@ from llmserve.kernels.triton.logprobs import token_logprobs
 from llmserve.kernels.triton.products import multiply
 from llmserve.kernels.triton.sampling import sample as draw
 from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles, has_fp8
-from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows
-from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, W4A16_GROUPS, row_bytes
+from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows, pack_mxfp4_rows
+from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, MXFP4, ORDER, W4A16_GROUPS, row_bytes
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PROGRAMS_A_PROCESSOR = 2  # of attention that run at once on a multiprocessor
@@ -47,7 +47,7 @@ class TritonOps:
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture
         self.caches_fp8 = has_fp8(architecture)
-        self.weight_formats: tuple[str, ...] = (DENSE, INT8, *W4A16_GROUPS)
+        self.weight_formats: tuple[str, ...] = (DENSE, INT8, MXFP4, *W4A16_GROUPS)
         if self.caches_fp8:
             self.weight_formats += (FP8, FP8_G128)
         self._min_programs = _PROGRAMS_A_PROCESSOR * num_processors
@@ -65,11 +65,15 @@ class TritonOps:
         self._check_format(fmt, (DENSE, INT8, FP8))
         return DenseLinearWeight(weight, bias) if fmt == DENSE else pack_bytes(weight, bias, fmt)
 
-    def pack_quantized(self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None) -> LinearWeight:
+    def pack_quantized(
+        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+    ) -> LinearWeight:
         """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise them, and pack that."""
-        self._check_format(ggml_type, (INT8, FP8, FP8_G128, *W4A16_GROUPS))
+        self._check_format(ggml_type, (INT8, FP8, FP8_G128, MXFP4, *W4A16_GROUPS))
+        if ggml_type == MXFP4:
+            return pack_mxfp4_rows(raw, bias)
         if ggml_type in W4A16_GROUPS:
-            return pack_group_rows(raw, bias, ggml_type)
+            return pack_group_rows(raw, bias, ggml_type, order)
         return pack_byte_rows(raw, bias, ggml_type)
 
     def _check_format(self, fmt: str, wanted: tuple[str, ...]) -> None:
@@ -80,7 +84,8 @@ class TritonOps:
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         assert fmt in self.weight_formats
         a_row = in_features * dtype.itemsize if fmt == DENSE else row_bytes(fmt, in_features)
-        return out_features * (a_row + has_bias * dtype.itemsize)
+        order_bytes = 4 * in_features * fmt.endswith(ORDER)
+        return out_features * (a_row + has_bias * dtype.itemsize) + order_bytes
 
     def linear(self, x: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """`out_dtype` float32 keeps what was accumulated."""
@@ -102,7 +107,7 @@ class TritonOps:
         offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [t, in] by our own kernel; with `offsets`, those of a mixture's rows, each times its expert's matrix."""
-        bits = {"dense": 16, "w4": 4}.get(weight.kind, 8)
+        bits = {"dense": 16, "w4": 4, "mxfp4": 4}.get(weight.kind, 8)
         if bits != 8 and x.dtype == torch.float32:
             bits = 32  # tensor cores do not take them
         tiles = gemm_tiles(self.architecture, bits)

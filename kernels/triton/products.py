@@ -29,6 +29,14 @@ def depth_of(weight: PackedWeight) -> int:
     return weight.depth or _LINE_BYTES // weight.data.dtype.itemsize
 
 
+def reorder(x: torch.Tensor, input_order: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """x [t, k] with its inputs as the weights have theirs: one order [k], or that of each row's expert [experts, k]."""
+    if offsets is None:
+        return x.index_select(1, input_order)
+    expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True) - 1
+    return x.gather(1, input_order[expert].long())
+
+
 def choose_tiles(tiles: tuple[GemmTiles, ...], num_rows: int) -> GemmTiles:
     """The least tile that holds so many rows, or else the largest."""
     return next((tile for tile in tiles if tile.rows >= num_rows), tiles[-1])
@@ -52,7 +60,9 @@ def multiply(
     out = torch.empty((num_rows, n), dtype=out_dtype, device=x.device)
     if not num_rows:
         return out
-    in_bytes = weight.kind not in ("dense", "w4")
+    if weight.input_order is not None:
+        x = reorder(x, weight.input_order, offsets)
+    in_bytes = weight.kind not in ("dense", "w4", "mxfp4")
     x, x_scale = quantize(x, weight.data.dtype) if in_bytes else (x.contiguous(), out)
     tile = choose_tiles(tiles, triton.cdiv(num_rows, max(weight.num_experts, 1)))
     row_tiles = triton.cdiv(num_rows, tile.rows)
@@ -63,7 +73,7 @@ def multiply(
     num_parts = triton.cdiv(k, partition)
     split = num_parts > 1 and num_tiles < min_programs
     parts = torch.empty((num_parts, num_rows, n), dtype=torch.float32, device=x.device) if split else out
-    described = tile.descriptors and weight.kind != "w4" and k * x.itemsize % 16 == 0
+    described = tile.descriptors and not weight.depth and k * x.itemsize % 16 == 0
     shape = {
         "N": n,
         "KIND": weight.kind,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmserve.kernels.reference import DenseLinearWeight
-from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, W4A16_GROUPS, row_features
+from llmserve.kernels.weight_formats import DENSE, FP8, FP8_G128, INT8, MXFP4, ORDER, W4A16_GROUPS, row_features
 
 _SLICE_ELEMENTS = 1 << 22  # converted at once: bounds the copies
 BYTE_DTYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
@@ -26,16 +26,17 @@ class PackedWeight:
     out_features: int
     in_features: int
     data: torch.Tensor  # [out, in] of x's dtype, int8 or fp8; of 4 bits uint8 [out, in / 2]
-    scale: torch.Tensor | None = None  # float32 [out] or [groups, out]; of 4 bits float16 [groups, out]
+    scale: torch.Tensor | None = None  # float32 [out] or [groups, out]; of 4 bits float16, of mxfp4 uint8 [groups, out]
     zeros: torch.Tensor | None = None  # uint8 [groups, out]
     bias: torch.Tensor | None = None  # [out], of any float type
+    input_order: torch.Tensor | None = None  # int32 [in]: which input stands at each place
     group: int = 0  # inputs that share a scale; 0: all
     depth: int = 0  # of 4 bits: inputs whose halves lie in the halves of bytes
     num_experts: int = 0
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        tensors = (self.data, self.scale, self.zeros, self.bias)
+        tensors = (self.data, self.scale, self.zeros, self.bias, self.input_order)
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -63,28 +64,53 @@ def pack_byte_rows(raw: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> Pa
     return _byte_weight(fmt, _as(raw[:, 4:], BYTE_DTYPES[fmt]), _as(raw[:, :4], torch.float32)[:, 0], bias)
 
 
-def pack_group_rows(raw: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> PackedWeight:
+def pack_group_rows(
+    raw: torch.Tensor, bias: torch.Tensor | None, fmt: str, input_order: torch.Tensor | None = None
+) -> PackedWeight:
     """uint8 [out, bytes of a row] as `weight_formats` lays out a row of 4 bits."""
+    assert (input_order is not None) == fmt.endswith(ORDER)
     group, in_features = W4A16_GROUPS[fmt], row_features(fmt, raw.shape[1])
     num_groups, depth = in_features // (group or in_features), w4_depth(group, in_features)
-    data = torch.empty((len(raw), in_features // 2), dtype=torch.uint8, device=raw.device)
-    for part in _row_slices(raw):
-        pairs = raw[part, : in_features // 2]
-        numbers = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(len(pairs), -1, 2, depth // 2)
-        data[part] = (numbers[:, :, 0] | numbers[:, :, 1] << 4).flatten(1)
     factors = raw[:, in_features // 2 :]
     return PackedWeight(
         format=fmt,
         kind="w4",
         out_features=len(raw),
         in_features=in_features,
-        data=data,
+        data=_in_halves(raw[:, : in_features // 2], depth),
         scale=_as(factors[:, : 2 * num_groups], torch.float16).T.contiguous(),
         zeros=factors[:, 2 * num_groups :].T.contiguous(),
         bias=bias,
+        input_order=None if input_order is None else input_order.to(raw.device, torch.int32),
         group=group,
         depth=depth,
     )
+
+
+def pack_mxfp4_rows(raw: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
+    """uint8 [out, in / 2 + in / 32]: E2M1 numbers, then exponents."""
+    in_features = raw.shape[1] // 17 * 32
+    return PackedWeight(
+        format=MXFP4,
+        kind=MXFP4,
+        out_features=len(raw),
+        in_features=in_features,
+        data=_in_halves(raw[:, : in_features // 2], 64),
+        scale=raw[:, in_features // 2 :].T.contiguous(),
+        bias=bias,
+        group=32,
+        depth=64,
+    )
+
+
+def _in_halves(pairs: torch.Tensor, depth: int) -> torch.Tensor:
+    """uint8 [out, in / 2], bytes of two neighbours -> of input j of a stretch and input j + depth / 2."""
+    data = torch.empty_like(pairs, memory_format=torch.contiguous_format)
+    for part in _row_slices(pairs):
+        some = pairs[part]
+        numbers = torch.stack((some & 15, some >> 4), dim=-1).view(len(some), -1, 2, depth // 2)
+        data[part] = (numbers[:, :, 0] | numbers[:, :, 1] << 4).flatten(1)
+    return data
 
 
 def w4_depth(group: int, in_features: int) -> int:
@@ -102,7 +128,7 @@ def stack_experts(experts: Iterable[PackedWeight | DenseLinearWeight], num_exper
             stacked = _room_for(weight, num_experts)
         if (weight.format, weight.data.shape) != (stacked.format, stacked.data.shape[1:]):
             raise ValueError(f"Experts of one layer must be packed alike: {weight.format} beside {stacked.format}.")
-        for name in ("data", "scale", "zeros", "bias"):
+        for name in ("data", "scale", "zeros", "bias", "input_order"):
             if (part := getattr(weight, name)) is not None:
                 getattr(stacked, name)[index] = part
     assert stacked is not None
@@ -122,6 +148,7 @@ def _room_for(weight: PackedWeight, num_experts: int) -> PackedWeight:
         scale=room(weight.scale),
         zeros=room(weight.zeros),
         bias=room(weight.bias),
+        input_order=room(weight.input_order),
         group=weight.group,
         depth=weight.depth,
         num_experts=num_experts,

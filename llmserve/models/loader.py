@@ -112,7 +112,7 @@ class _ParameterReader:
         types = {self._source.types[f"{part}.weight"].lower() for part in linear.parts}
         bias = self.matrix([f"{part}.bias" for part in linear.parts]) if linear.has_bias else None
         if fmt != DENSE and types == {fmt}:
-            return self._ops.pack_quantized(self._blocks(linear, fmt), fmt, bias)
+            return self._ops.pack_quantized(self._blocks(linear, fmt), fmt, bias, self._input_order(linear))
         weight = dense if dense is not None else self.matrix([f"{part}.weight" for part in linear.parts])
         return self._ops.pack_linear(weight, bias, fmt)
 
@@ -124,6 +124,16 @@ class _ParameterReader:
             self._source.read_raw(name, part)
             self._report(name)
         return stacked
+
+    def _input_order(self, linear: LinearParameter) -> torch.Tensor | None:
+        """That of all parts. Raises ModelLoadError if they differ: their product is one, of one row of inputs."""
+        first, *others = (self._source.input_order(f"{part}.weight") for part in linear.parts)
+        if first is not None and not all(other is not None and torch.equal(first, other) for other in others):
+            raise ModelLoadError(
+                f"{self.where}: the parts of {linear.name!r} have their inputs in different orders ('g_idx'), which is "
+                "not supported. Choose the quantization 'none', which unpacks them."
+            )
+        return first
 
     def matrix(self, names: list[str]) -> torch.Tensor:
         """The named tensors stacked along their first dimension."""

@@ -7,11 +7,12 @@ that it becomes plain numbers, or rows of our own formats where these say the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import torch
 
 from llmserve.errors import ModelLoadError
-from llmserve.kernels.weight_formats import FP8, FP8_G128, w4a16_format
+from llmserve.kernels.weight_formats import FP8, FP8_G128, MXFP4, ORDER, w4a16_format
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.raw_rows import BLOCK, Rows, encode_rows
 
@@ -63,6 +64,8 @@ class PackedMatrix:
         self._check_shapes()
         self._group_of = self._group_index()
         self.type_name = self._own_format(formats) or self._type_name()
+        # int64 [in], of formats whose inputs stand group by group: which one stands at each place
+        self.input_order = self._group_of.argsort(stable=True) if self.type_name.lower().endswith(ORDER) else None
 
     def read(self, out: torch.Tensor, part: slice) -> None:
         """The outputs `part` as numbers: out [n, in] of any float type."""
@@ -73,7 +76,14 @@ class PackedMatrix:
 
     def read_raw(self, out: torch.Tensor, part: slice) -> None:
         """The outputs `part` in the format `type_name`: out uint8 [n, bytes of a row]."""
-        out.copy_(encode_rows(self.type_name.lower(), self._rows(part), self._group_of, self._where))
+        if self.type_name.lower() == MXFP4:
+            blocks, scales = (self._tensors[name][part] for name in ("weight_blocks", "weight_scales"))
+            out.copy_(torch.cat((blocks.flatten(1), scales), dim=1))
+            return
+        rows = self._rows(part)
+        if self.input_order is not None:
+            rows = replace(rows, values=rows.values[:, self.input_order])
+        out.copy_(encode_rows(self.type_name.lower(), rows, self._group_of, self._where))
 
     def _check_shapes(self) -> None:
         (rows, columns), quantization = self.shape, self._quantization
@@ -126,10 +136,13 @@ class PackedMatrix:
             name = FP8
         elif quantization.block_size is not None:
             name = FP8_G128 if quantization.block_size[1] == 128 and self.shape[1] % 128 == 0 else None
+        elif quantization.layout == "mxfp4":
+            name = MXFP4 if self.shape[1] % 64 == 0 else None
         elif quantization.bits == 4 and quantization.layout in ("gptq", "awq", "packed"):
             name = w4a16_format(quantization.group_size, self.shape[1])
-            in_order = torch.arange(self.shape[1]) // (quantization.group_size or self.shape[1])
-            name = name if torch.equal(self._group_of, in_order) else None
+            size = quantization.group_size or self.shape[1]
+            if name is not None and not torch.equal(self._group_of, torch.arange(self.shape[1]) // size):
+                name = f"{name}{ORDER}" if bool((self._group_of.bincount() == size).all()) else None
         return name.upper() if name in formats and name is not None else None
 
     def _type_name(self) -> str:

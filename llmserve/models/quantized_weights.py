@@ -65,6 +65,9 @@ class QuantizedWeights:
     def nbytes(self, name: str) -> int:
         return self._matrices[name].nbytes if name in self._matrices else self._stored.nbytes(name)
 
+    def input_order(self, name: str) -> torch.Tensor | None:
+        return self._matrices[name].input_order if name in self._matrices else None
+
     def read(self, name: str, out: torch.Tensor) -> None:
         matrix = self._matrices.get(name)
         if matrix is None:

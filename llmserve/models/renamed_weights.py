@@ -26,5 +26,8 @@ class RenamedWeights:
     def read(self, name: str, out: torch.Tensor) -> None:
         self._source.read(self._original[name], out)
 
+    def input_order(self, name: str) -> torch.Tensor | None:
+        return self._source.input_order(self._original[name])
+
     def read_raw(self, name: str, out: torch.Tensor) -> None:
         self._source.read_raw(self._original[name], out)

@@ -58,6 +58,10 @@ class StoredTensors:
     def read_raw(self, name: str, out: torch.Tensor) -> None:
         out.copy_(self.view(name).contiguous().view(torch.uint8).view(out.shape))
 
+    def input_order(self, name: str) -> torch.Tensor | None:
+        """Always None: inputs stand in order."""
+        return None
+
     def view(self, name: str) -> torch.Tensor:
         """The tensor as it lies in the mapped file, of its own type."""
         return self._tensors[name].view()

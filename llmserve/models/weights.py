@@ -45,6 +45,10 @@ class WeightSource(Protocol):
         """Copies a matrix as it is stored into `out`, uint8 [rows, bytes of a row]."""
         ...
 
+    def input_order(self, name: str) -> torch.Tensor | None:
+        """int64 [in], of a matrix whose type ends in "_ORDER": which input stands at each place of a row read raw."""
+        ...
+
 
 def open_weights(path: Path, config: ModelConfig, formats: Collection[str] = ()) -> WeightSource:
     """A Hugging Face folder's safetensors or a .gguf file, which holds what `config` needs. Reads headers only.
@@ -115,6 +119,9 @@ class GgufWeights:
             out.copy_(raw)
         else:
             out[row_order.to(out.device)] = raw.to(out.device)  # blocks lie along a row: whole rows may change places
+
+    def input_order(self, name: str) -> torch.Tensor | None:
+        return None
 
     def _rows(self, tensor: TensorInfo, num_rows: int) -> np.ndarray:
         return np.frombuffer(self._buffer, np.uint8, tensor.nbytes, tensor.offset).reshape(num_rows, -1)

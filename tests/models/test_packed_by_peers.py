@@ -24,7 +24,7 @@ from tests.models.checkpoint_folders import CASES
 PEERS: dict[str, tuple[dict[str, object], str]] = {
     "gptq": (CASES["gptq-asym"][0], "W4A16_G32"),
     "gptq-sym": (CASES["gptq"][0], "W4A16_G32"),
-    "gptq-act-order": (CASES["gptq-act-order"][0] | {"sym": False}, "W4"),
+    "gptq-act-order": (CASES["gptq-act-order"][0] | {"sym": False}, "W4A16_G32_ORDER"),
     "gptq-channel": (CASES["gptq-channel"][0], "W4A16"),
     "gptq-8": (CASES["gptq-8"][0], "Q8_0"),
     "awq": (CASES["awq"][0], "W4A16_G32"),
@@ -72,7 +72,9 @@ def test_rows_of_4_bits_are_those_of_the_packer(case: str, tmp_path: Path) -> No
     pairs, scales, zeros = raw.split([32, 2 * (64 // group), 64 // group], dim=1)
     numbers = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(32, -1, group).int() - zeros[..., None].int()
     found = (numbers * scales.clone().view(torch.float16)[..., None].float()).view(32, 64)
-    torch.testing.assert_close(found, meaning, atol=0, rtol=1e-6)
+    order = torch.arange(64) if matrix.input_order is None else matrix.input_order
+    assert (matrix.input_order is not None) == (case == "gptq-act-order")
+    torch.testing.assert_close(found, meaning[:, order], atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", PEERS)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llmserve.config import EngineConfig
 from llmserve.errors import ModelLoadError
 from llmserve.kernels.cpu.build import find_compiler
-from llmserve.kernels.weight_formats import DENSE, FP8, INT8, W4A16_GROUPS, row_bytes
+from llmserve.kernels.weight_formats import DENSE, FP8, INT8, MXFP4, W4A16_GROUPS, row_bytes
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
 from llmserve.models.config import read_model_config
 from llmserve.models.packed_decoder import open_decoder
@@ -74,6 +74,7 @@ GPU_FORMATS = (DENSE, INT8, FP8, *W4A16_GROUPS)
 # What becomes of them where those are computed; of the others, nothing that is kept as it lies.
 ON_A_GPU = {
     **dict.fromkeys(("gptq", "gptq-asym", "gptq-v2", "awq", "w4a16", "w4a16-asym"), "w4a16_g32"),
+    **dict.fromkeys(("gptq-act-order", "w4a16-act-order"), "w4a16_g32_order"),
     "gptq-channel": "w4a16",
     "w8a8": "int8",
     **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-plain"), "fp8"),
@@ -88,6 +89,8 @@ def test_rows_for_a_gpu_hold_the_same_numbers(packed):
     assert native_types([source.types[name]], GPU_FORMATS) == ([] if fmt is None else [fmt.upper()])
     chosen = choose_formats(config, source.types, "gguf", GPU_FORMATS)
     assert chosen["model.layers.1.self_attn.qkv_proj"] == chosen["model.layers.1.mlp.down_proj"] == (fmt or DENSE)
+    order = source.input_order(name)
+    assert (order is not None) == (fmt is not None and fmt.endswith("_order"))
     if fmt is None:
         return
     rows, columns = source.shapes[name]
@@ -102,7 +105,7 @@ def test_rows_for_a_gpu_hold_the_same_numbers(packed):
         scales, zeros = factors.split([2 * (columns // group), columns // group], dim=1)
         numbers = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(rows, -1, group).int() - zeros[..., None].int()
         found = (numbers * scales.clone().view(torch.float16)[..., None].float()).flatten(1)
-    torch.testing.assert_close(found, expected[name], atol=0, rtol=1e-6)
+    torch.testing.assert_close(found, expected[name] if order is None else expected[name][:, order], atol=0, rtol=1e-6)
 
 
 def test_a_folder_without_a_head_and_its_packed_matrices(packed, tmp_path):
@@ -211,6 +214,14 @@ def test_gpt_oss_as_it_is_published(tmp_path, build_model, load, driver_class, p
     source.read(name, dense)
     blocks = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType.Q8_0)
     assert torch.equal(torch.from_numpy(blocks), dense)
+
+    on_a_gpu = open_weights(tmp_path / "packed", read_model_config(tmp_path / "packed"), (MXFP4,))
+    assert on_a_gpu.types[name] == "MXFP4"
+    raw = torch.empty(source.shapes[name][0], row_bytes(MXFP4, 64), dtype=torch.uint8)
+    on_a_gpu.read_raw(name, raw)
+    fused = name.partition("experts.")[0] + "experts.gate_up_proj"  # up's rows are every other one
+    assert torch.equal(raw[:, :32], tensors[f"{fused}_blocks"][3, 1::2].flatten(1))
+    assert torch.equal(raw[:, 32:], tensors[f"{fused}_scales"][3, 1::2])
 
 
 class TestRefusals:

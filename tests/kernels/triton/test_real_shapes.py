@@ -10,7 +10,7 @@ from llmserve.kernels.ops import KVCacheSpec
 from llmserve.kernels.triton.moe import TritonMoE
 from llmserve.kernels.triton.tables import attention_tiles
 from tests.kernels.cpu_cases import PagedBatch
-from tests.kernels.triton.test_triton_gemm import random_rows, random_tiles
+from tests.kernels.triton.test_triton_gemm import random_mxfp4, random_rows, random_tiles
 from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, SmallTileOps, triton_ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(IS_INTERPRETED, reason="needs a GPU")]
@@ -117,7 +117,7 @@ def test_products_keep_float32_sums() -> None:
     assert (wide.double() - expected).abs().max() / expected.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("fmt", ["int8", "fp8", "fp8_g128", "w4a16_g128", "w4a16_g32"])
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "fp8_g128", "mxfp4", "w4a16_g128", "w4a16_g32"])
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (1000, 4096)])
 def test_products_with_few_bits(fmt: str, n: int, k: int) -> None:
     """Against float64, and bit by bit: every tile, split or not, with descriptors or without, alone or in a batch."""
@@ -128,9 +128,10 @@ def test_products_with_few_bits(fmt: str, n: int, k: int) -> None:
     if fmt.startswith("w4"):
         raw, meaning = random_rows(fmt, n, k)
         weight, meaning, tolerance = ops.pack_quantized(raw, fmt), meaning.to(DEVICE), 1e-5
-    elif fmt == "fp8_g128":
-        raw, meaning = random_tiles(n, k)
-        weight, meaning, tolerance = ops.pack_quantized(raw, fmt), meaning.to(DEVICE), 5e-2
+    elif fmt in ("fp8_g128", "mxfp4"):
+        raw, meaning = random_tiles(n, k) if fmt == "fp8_g128" else random_mxfp4(n, k)
+        weight, meaning = ops.pack_quantized(raw, fmt), meaning.to(DEVICE)
+        tolerance = 5e-2 if fmt == "fp8_g128" else 1e-5
     else:
         dense = torch.randn(n, k, device=DEVICE)
         weight, meaning, tolerance = ops.pack_linear(dense, None, fmt), dense.double(), 5e-2

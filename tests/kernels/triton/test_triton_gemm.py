@@ -20,12 +20,14 @@ from llmserve.kernels.triton.weights import (
     pack_byte_rows,
     pack_bytes,
     pack_group_rows,
+    pack_mxfp4_rows,
     stack_experts,
 )
 from llmserve.kernels.weight_formats import W4A16_GROUPS, row_bytes
 from tests.kernels.cpu_cases import relative_error
 from tests.kernels.triton.interpreter import KernelFault
 from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, triton_ops
+from tests.models import checkpoint_packers as packers
 
 NEVER, ALWAYS = 0, 10**9  # share partitions out
 SMALL = (GemmTiles(16, 16, 4, 2), GemmTiles(32, 64, 4, 2))
@@ -185,22 +187,54 @@ class TestFourBits:
         assert relative_error(found[[0, 4]], x[[0, 4]].double() @ meaning.T) < 1e-5
 
     def test_a_format_that_is_not_known_is_named(self) -> None:
-        with pytest.raises(ValueError, match=r"know int8, fp8, fp8_g128, w4a16.* not 'q4_1'"):
+        with pytest.raises(ValueError, match=r"know int8, fp8, fp8_g128, mxfp4, w4a16.* not 'q4_1'"):
             triton_ops().pack_quantized(torch.zeros(1, 20, dtype=torch.uint8), "q4_1")
         with pytest.raises(ValueError, match="know dense, int8, fp8 here, not 'w4a16'"):
             triton_ops().pack_linear(torch.zeros(1, 32), None, "w4a16")
 
 
+def random_mxfp4(n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of E2M1 and exponents as they are published, and the float64 [n, k] they are."""
+    blocks, exponents, meaning = packers.mxfp4((n, k), seed)
+    raw = torch.cat((blocks.flatten(1), exponents), dim=1)
+    assert raw.shape == (n, row_bytes("mxfp4", k))
+    return raw.to(DEVICE), meaning.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(1, 64), (40, 192), (70, 704)])
+def test_mxfp4(n: int, k: int, dtype: torch.dtype) -> None:
+    ops = triton_ops()
+    raw, meaning = random_mxfp4(n, k)
+    packed = ops.pack_quantized(raw, "mxfp4", torch.ones(n, device=DEVICE))
+    assert packed.nbytes == ops.linear_bytes("mxfp4", n, k, torch.float32, True)
+    x = torch.randn(19, k).to(dtype)
+    found = ops.linear(x.to(DEVICE), packed, torch.float32).cpu()
+    assert relative_error(found, x.double() @ meaning.T + 1) < 1e-5  # the weights are exact in bfloat16
+
+
+def test_every_number_of_mxfp4_and_the_ends_of_its_exponents() -> None:
+    codes, exponents = torch.arange(16).repeat(4).view(1, 64), torch.tensor([[2, 200]])
+    raw = torch.cat((codes[:, 0::2] + 16 * codes[:, 1::2], exponents), dim=1).to(torch.uint8)
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    meaning = numbers.repeat(4) * 2.0 ** (exponents - 127).double().repeat_interleave(32)
+    weight = pack_mxfp4_rows(raw.to(DEVICE), None)
+    found = multiply(torch.eye(64, device=DEVICE), weight, torch.float32, SMALL, NEVER)[:, 0]
+    assert torch.equal(found.cpu(), meaning.float())
+
+
 def weight_of(kind: str, n: int, k: int, seed: int = 0) -> PackedWeight:
     if kind.startswith("w4"):
         return pack_group_rows(random_rows(kind, n, k, seed)[0], None, kind)
+    if kind == "mxfp4":
+        return pack_mxfp4_rows(random_mxfp4(n, k, seed)[0], None)
     if kind == "fp8_g128":
         return pack_byte_rows(random_tiles(n, k, seed)[0], None, kind)
     dense = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     return pack_bytes(dense, torch.randn(n).to(DEVICE), kind)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_g128", "w4a16_g128"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_g128", "mxfp4", "w4a16_g128"])
 def test_rows_do_not_depend_on_the_batch(kind: str) -> None:
     """Whatever the tile, and whether partitions are shared out."""
     needs_fp8(kind)
@@ -220,7 +254,7 @@ class TestExperts:
     def offsets(self) -> torch.Tensor:
         return torch.tensor([0, *self.COUNTS]).cumsum(0).int().to(DEVICE)
 
-    @pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "fp8_g128", "w4a16_g32"])
+    @pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "fp8_g128", "mxfp4", "w4a16_g32"])
     @pytest.mark.parametrize("how", [NEVER, ALWAYS])
     def test_each_row_meets_its_expert(self, kind: str, how: int) -> None:
         """To the same bits as that expert's matrix alone."""
@@ -294,6 +328,9 @@ PLANTED = [
     ("(line - column).to(tl.int64) * (K // GROUP)", "(line - column).to(tl.int64)", "w4a16_g32"),
     ("mine = tl.sum((end_tile <= tile)", "mine = tl.sum((end_tile < tile)", "int8"),
     ("start + (tile - end_tile + tiles) * ROWS", "start", "int8"),
+    ("tl.where(code >= 8, -amount, amount)", "amount", "mxfp4"),
+    ("(2 + half) << tl.maximum(exponent - 1, 0)", "(2 + half) << exponent", "mxfp4"),
+    ("tl.load(exponent_at + N, mask", "tl.load(exponent_at, mask", "mxfp4"),
     ("(line - expert * N)[:, None]", "line[:, None]", "int8"),
     ("part * PARTITION, tl.minimum(part * PARTITION + PARTITION, K)", "part * PARTITION, K", "int8"),
 ]
@@ -312,7 +349,7 @@ def test_planted_faults_are_caught(stands: str, planted: str, kind: str, tmp_pat
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    n, k, counts = 24, {"w4a16_g32": 96, "w4a16_g128": 256}.get(kind, 608), (0, 3, 19)
+    n, k, counts = 24, {"w4a16_g32": 96, "w4a16_g128": 256, "mxfp4": 128}.get(kind, 608), (0, 3, 19)
     weights = stack_experts([weight_of(kind, n, k, seed) for seed in range(3)], 3)
     if kind == "w4a16_g128":
         weights = replace(weights, depth=32)  # less than a group

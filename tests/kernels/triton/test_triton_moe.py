@@ -17,6 +17,7 @@ from llmserve.kernels.triton.moe import TritonMoE
 from tests.kernels.cpu_cases import relative_error
 from tests.kernels.triton.test_triton_quantized import run
 from tests.kernels.triton.triton_cases import DEVICE, DTYPES, REFERENCE, tolerance, triton_ops
+from tests.models import checkpoint_packers as packers
 
 ROUTINGS = [
     Routing(1, "softmax", False),
@@ -105,6 +106,27 @@ def test_a_layer_of_experts(mine: TritonMoE, fmt: str, dtype: torch.dtype) -> No
     expected = (answers.gather(1, chosen[..., None].expand(-1, -1, 48)) * rows.weights[..., None].double()).sum(1)
     expected += gate.double().sigmoid() * shared.double()
     assert relative_error(whole, expected) < (tolerance(dtype) if fmt == "dense" else 4e-2)
+
+
+def test_experts_of_gpt_oss(mine: TritonMoE) -> None:
+    """In mxfp4 with biases, and the clamped gate between two products; stacked and apart."""
+    ops, experts, routing = triton_ops(), 3, Routing(2, "softmax", True)
+    packed = [packers.mxfp4((64, 64), expert) for expert in range(experts)]
+    biases = [randn(64, seed=40 + expert) for expert in range(experts)]
+    raw = [torch.cat((blocks.flatten(1), exponents), dim=1) for blocks, exponents, _ in packed]
+    pairs = list(zip(raw, biases, strict=True))
+    weights = mine.pack_experts((ops.pack_quantized(r.to(DEVICE), "mxfp4", b.to(DEVICE)) for r, b in pairs), experts)
+    assert weights.nbytes == experts * ops.linear_bytes("mxfp4", 64, 64, torch.float32, True)
+    x, logits = randn(9, 64, seed=5), randn(9, experts, seed=6)
+    rows = mine.route(logits.to(DEVICE), routing)
+    gated = mine.clamped_swiglu(mine.grouped_linear(x.to(DEVICE)[rows.source_rows], weights, rows), 1.702, 7.0)
+    found = mine.combine_experts(gated, rows, torch.float32).cpu()
+    dense = THEIRS.pack_experts(
+        (REFERENCE.pack_linear(p[2].float(), b) for p, b in zip(packed, biases, strict=True)), experts
+    )
+    rows = THEIRS.route(logits, routing)
+    gated = THEIRS.clamped_swiglu(THEIRS.grouped_linear(x[rows.source_rows], dense, rows), 1.702, 7.0)
+    assert relative_error(found, THEIRS.combine_experts(gated, rows, torch.float32)) < 1e-5
 
 
 def test_no_rows(mine: TritonMoE) -> None:

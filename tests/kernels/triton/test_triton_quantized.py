@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from llmserve.errors import ModelLoadError
 from llmserve.kernels.ops import AttentionMetadata, Ops
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.kernels.weight_formats import row_bytes
@@ -78,7 +80,7 @@ def run(folder: Path, ops: Ops, device: torch.device, quantization: str) -> tupl
         ("awq", "w4a16_g32", 1e-4),
         ("gptq-channel", "w4a16", 1e-4),
         ("w4a16-asym", "w4a16_g32", 1e-4),
-        ("gptq-act-order", "dense", 1e-4),
+        ("gptq-act-order", "w4a16_g32_order", 1e-4),
         ("w8a8", "int8", 3e-2),
         ("fp8-tensor", "fp8", 8e-2),
     ],
@@ -94,6 +96,39 @@ def test_a_packed_folder_stays_packed_and_says_what_it_means(case, fmt, toleranc
     expected, dense_bytes, *_ = run(tmp_path, ReferenceOps(), torch.device("cpu"), "none")
     assert (logits - expected).norm() / expected.norm() < tolerance
     assert fmt == "dense" or taken < 0.6 * dense_bytes
+
+
+def test_parts_whose_inputs_stand_in_different_orders_are_refused(model, tmp_path) -> None:
+    build_folder("gptq-act-order", tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"'model.layers.0.self_attn.qkv_proj'.*different orders \('g_idx'\)"):
+        run(tmp_path, triton_ops(), DEVICE, "auto")
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq-act-order"])
+def test_experts_of_4_bits(case, tmp_path) -> None:
+    """Each expert has its own order."""
+    torch.manual_seed(5)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    build_folder(case, tmp_path, transformers.Qwen3MoeForCausalLM(config))
+    if case == "gptq-act-order":
+        tensors = load_file(tmp_path / "model.safetensors")
+        for part in ("gate_proj", "up_proj"):
+            name = f"model.layers.0.mlp.experts.2.{part}.g_idx"
+            tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, tmp_path / "model.safetensors")
+    logits, taken, planned, formats = run(tmp_path, triton_ops(), DEVICE, "auto")
+    assert taken == planned
+    assert formats == {"w4a16_g32" if case == "awq" else "w4a16_g32_order", "dense"}
+    expected, *_ = run(tmp_path, ReferenceOps(), torch.device("cpu"), "none")
+    assert (logits - expected).norm() / expected.norm() < 1e-4
 
 
 def test_fp8_of_any_weights_on_request(model, tmp_path) -> None:
