@@ -15,10 +15,9 @@ from typing import NamedTuple
 from llmserve.messages import SequenceOutput
 from llmserve.scheduler.drafts import DraftCandidate, Drafter
 from llmserve.scheduler.output import SchedulerOutput
-from llmserve.scheduler.request import Request
+from llmserve.scheduler.request import PENDING, Request
 from llmserve.scheduler.scheduler import Scheduler
 
-PENDING = -1  # no token's id
 _LONGEST_WAIT = 31  # steps ahead of the tokens, between two that wait to see whether drafts can be guessed
 
 

@@ -8,6 +8,8 @@ from llmserve.errors import InvalidRequestError
 from llmserve.messages import EngineRequest, FinishReason, SamplingParams
 from llmserve.scheduler.output import NewRequestData
 
+PENDING = -1  # stands for a token that is still being drawn: see `lookahead`
+
 
 class RequestStatus(enum.Enum):
     """Where a request stands in its life."""

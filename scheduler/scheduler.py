@@ -16,7 +16,7 @@ from llmserve.scheduler.budget import TokenBudget, check_limits
 from llmserve.scheduler.drafts import MAX_STEP_DRAFTS, DraftCandidate, Drafter
 from llmserve.scheduler.output import ResumedRequestData, SchedulerOutput
 from llmserve.scheduler.policy import Policy
-from llmserve.scheduler.request import Request, RequestStatus, check_prompt
+from llmserve.scheduler.request import PENDING, Request, RequestStatus, check_prompt
 from llmserve.scheduler.request_queue import RequestQueue
 
 
@@ -258,6 +258,8 @@ class Scheduler:
         waiting, running, kv_cache = self._waiting, self._running, self._kv_cache
         while waiting and num_left and len(running) < self._max_num_seqs:
             request = waiting.first
+            if request.token_ids[-1] == PENDING:
+                break  # given up in this very step: its last token is known before the next
             # Found tokens have no logits, and the log-probabilities of a prompt need them all.
             may_skip = request.params.prompt_logprobs is None
             cached_block_ids = kv_cache.match_prefix(request.request_id, request.token_ids) if may_skip else []

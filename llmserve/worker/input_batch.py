@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmserve.messages import SamplingParams
-from llmserve.scheduler.lookahead import PENDING
 from llmserve.scheduler.output import SchedulerOutput
+from llmserve.scheduler.request import PENDING
 
 IntArray = npt.NDArray[np.int64]
 
@@ -183,6 +183,7 @@ class InputBatch:
     def _enter(
         self, request_id: str, tokens: npt.NDArray[np.int32], num_prompt: int, block_ids: list[int], num_computed: int
     ) -> None:
+        assert tokens[-1] != PENDING, "a row begins with tokens that the host knows"
         row = self._free_rows.pop()
         self.row_of[request_id] = row
         self._num_stays += 1

@@ -120,3 +120,15 @@ def test_an_engine_config_survives_json() -> None:
 
     config: Any = EngineConfig(model="x", kv_cache_memory=5, dtype="float32")
     assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
+
+
+def test_each_model_may_state_its_share_of_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('gpu_memory = 0.2\n[[models]]\nmodel = "a"\ngpu_memory = "60%"\n[[models]]\nmodel = "b"\n')
+    assert [entry.engine.gpu_memory for entry in load("--config", str(file)).models] == [0.6, 0.2]
+    assert load("m", "--gpu-memory", "40GiB").models[0].engine.gpu_memory == 40 * 2**30
+    assert load("m", environ={"LLMSERVE_GPU_MEMORY": "1"}).models[0].engine.gpu_memory == 1.0
+    assert load("m").models[0].engine.gpu_memory is None
+    for wrong in ("0", "-3", "lots", "150%"):
+        with pytest.raises(ConfigError, match=r"gpu.memory"):
+            load("m", "--gpu-memory", wrong)

@@ -56,7 +56,8 @@ class Said:
         assert self.finish_reason is None, "nothing is said to a request that has ended"
         self.token_ids += output.token_ids
         self.logprobs += [(entry.token_id, entry.logprob) for entry in output.logprobs or []]
-        self.prompt_logprobs += [entry.logprob for entry in output.prompt_logprobs or [] if entry is not None]
+        if output.prompt_logprobs and not self.prompt_logprobs:  # said again where a preempted prompt is computed again
+            self.prompt_logprobs = [entry.logprob for entry in output.prompt_logprobs if entry is not None]
         self.finish_reason = output.finish_reason
         self.num_preemptions = output.num_preemptions
 
@@ -67,6 +68,7 @@ class Life:
 
     num_blocks: int = 400
     budget: int = 64
+    policy: str = "fcfs"
     arrivals: list[tuple[int, EngineRequest]] = field(default_factory=list)
     aborts: list[tuple[int, str]] = field(default_factory=list)
 
@@ -128,7 +130,7 @@ class Engines:
         plan = msgspec.structs.replace(prepared.plan, num_blocks=life.num_blocks)
         runner = ModelRunner(self.model, prepared.ops, plan, prepared.dtype, prepared.device)
         self.manager, budget = KVCacheManager(life.num_blocks, 16), FixedBudget(life.budget)
-        scheduler = self._scheduler(self.manager, budget, None)
+        scheduler = self._scheduler(self.manager, budget, None, life.policy)
         return EngineCore(scheduler, budget, runner, time.monotonic)
 
     def overlapped(
@@ -150,13 +152,15 @@ class Engines:
             self.device.counts.clear()
         settled = None if drafter is None else SettledDrafter(drafter)
         self.manager, budget = KVCacheManager(life.num_blocks, 16), FixedBudget(life.budget)
-        scheduler = self._scheduler(self.manager, budget, settled)
+        scheduler = self._scheduler(self.manager, budget, settled, life.policy)
         return OverlappedCore(scheduler, budget, self.runner, time.monotonic, settled)
 
-    def _scheduler(self, manager: KVCacheManager, budget: FixedBudget, drafter: Drafter | None) -> Scheduler:
+    def _scheduler(
+        self, manager: KVCacheManager, budget: FixedBudget, drafter: Drafter | None, policy: str
+    ) -> Scheduler:
         return Scheduler(
             manager,
-            policy=make_policy("fcfs"),
+            policy=make_policy(policy),
             budget=budget,
             max_num_seqs=MAX_SEQS,
             max_model_len=MAX_LEN,
@@ -188,6 +192,7 @@ def random_life(seed: int, *, num_requests: int = 14, aborts: bool = False) -> L
     reason."""
     source = random.Random(seed)
     life = Life(num_blocks=source.choice([14, 20, 400]), budget=source.choice([8, 24, 64]))
+    life.policy = source.choice(["fcfs", "fair"])
     shared = [source.randrange(3, 320) for _ in range(48)]
     at = 0
     for number in range(num_requests):
@@ -211,7 +216,13 @@ def random_life(seed: int, *, num_requests: int = 14, aborts: bool = False) -> L
             min_tokens=source.choice([0] * 5 + [4]),
         )
         name = f"r{number}"
-        added = EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrival_s=float(number))
+        added = EngineRequest(
+            request_id=name,
+            prompt_token_ids=prompt,
+            params=params,
+            arrival_s=float(number),
+            tenant=source.choice("xyz"),
+        )
         life.arrivals.append((at, added))
         if aborts and source.random() < 0.3:
             life.aborts.append((at + source.randint(1, 25), name))

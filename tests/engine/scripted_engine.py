@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import msgspec
 
 from llmserve.engine.core import EngineCore
-from llmserve.engine.flight_recorder import FlightRecorder, RecordedRunner
+from llmserve.engine.flight_recorder import FlightRecorder, RecordedLauncher, RecordedRunner
 from llmserve.engine.launch import EngineLaunch
 from llmserve.engine.loop import Send, run_engine
+from llmserve.engine.overlap import OverlappedCore
 from llmserve.errors import ModelLoadError
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineReady, MemoryPlan, TokenLogprobs
@@ -41,6 +42,7 @@ class Script(msgspec.Struct):
     poison_after: int = 0  # tokens of a poisoned answer
     poison: str = "raise"  # or crash, kill, hang, memory
     max_num_seqs: int = 64
+    overlapped: bool = False  # a step ahead of its tokens
     fail_load_if: str = ""  # while this file is there: not a model that can be loaded
     die_in_load_if: str = ""  # while this file is there; it is taken away
 
@@ -110,6 +112,39 @@ class ScriptedRunner:
                 time.sleep(3600)
 
 
+class LaunchingRunner:
+    """The same, its steps done in their order when somebody waits for one of them."""
+
+    def __init__(self, runner: ScriptedRunner) -> None:
+        self._runner = runner
+        self._launched: list[SchedulerOutput] = []
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        return self.launch(output).result()
+
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        self._launched.append(output)
+        return LaunchedStep(self, output)
+
+    def do_until(self, last: SchedulerOutput) -> ModelRunnerOutput:
+        while True:
+            output = self._launched.pop(0)
+            computed = self._runner.execute(output)
+            if output is last:
+                return computed
+
+
+class LaunchedStep:
+    holds_up_next = False
+
+    def __init__(self, runner: LaunchingRunner, output: SchedulerOutput) -> None:
+        self._runner = runner
+        self._output = output
+
+    def result(self) -> ModelRunnerOutput:
+        return self._runner.do_until(self._output)
+
+
 def build(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[EngineCore, EngineReady]:
     script = msgspec.json.decode(sys.argv[1], type=Script)
     if script.fail_load_if and os.path.exists(script.fail_load_if):
@@ -142,7 +177,13 @@ def build(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[E
         max_num_batched_tokens=1024,
         vocab_size=VOCAB_SIZE,
     )
-    core = EngineCore(scheduler, budget, RecordedRunner(ScriptedRunner(script), recorder), time.monotonic)
+    runner = ScriptedRunner(script)
+    core: EngineCore
+    if script.overlapped:
+        launcher = RecordedLauncher(LaunchingRunner(runner), recorder)
+        core = OverlappedCore(scheduler, budget, launcher, time.monotonic)
+    else:
+        core = EngineCore(scheduler, budget, RecordedRunner(runner, recorder), time.monotonic)
     return core, EngineReady(plan, 0.0)
 
 

@@ -141,7 +141,8 @@ def run(
     assert [child for child in alive if "scripted_engine" in " ".join(child.cmdline())] == []
 
 
-def test_a_killed_engine_is_replaced_and_every_answer_goes_on() -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_killed_engine_is_replaced_and_every_answer_goes_on(overlapped: bool) -> None:
     async def use(house: House) -> None:
         for number in range(16):
             house.ask(f"r{number}", 300)
@@ -158,7 +159,7 @@ def test_a_killed_engine_is_replaced_and_every_answer_goes_on() -> None:
         assert house.metrics.engine_recovery_s.counts
         assert not house.clients.failed
 
-    run(use)
+    run(use, Script(overlapped=overlapped))
 
 
 def test_the_standby_takes_over_and_is_renewed() -> None:
@@ -301,7 +302,8 @@ def test_requests_that_come_while_the_engine_is_replaced_wait_for_it() -> None:
     run(use)
 
 
-def test_more_requests_than_seats_survive_with_their_order() -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_more_requests_than_seats_survive_with_their_order(overlapped: bool) -> None:
     async def use(house: House) -> None:
         for number in range(40):
             house.ask(f"r{number}", 30)
@@ -315,7 +317,7 @@ def test_more_requests_than_seats_survive_with_their_order() -> None:
             house.check(f"r{number}", 30)
         assert sorted(house.clients.finished, key=list(house.clients.finished).index)[:4] == ["r0", "r1", "r2", "r3"]
 
-    run(use, Script(max_num_seqs=4))
+    run(use, Script(max_num_seqs=4, overlapped=overlapped))
 
 
 def test_what_was_said_of_a_prompt_is_not_said_again() -> None:
@@ -333,9 +335,14 @@ def test_what_was_said_of_a_prompt_is_not_said_again() -> None:
     run(use)
 
 
-@pytest.mark.parametrize(("how", "most_restarts"), [("raise", 4), ("crash", 4), ("kill", 8), ("memory", 8)])
+@pytest.mark.parametrize(
+    ("how", "most_restarts", "overlapped"),
+    [("raise", 4, False), ("crash", 4, False), ("kill", 8, False), ("memory", 8, False), ("kill", 8, True)],
+)
 @pytest.mark.parametrize("after", [0, 12])
-def test_a_request_that_ends_every_engine_fails_alone(how: str, after: int, most_restarts: int) -> None:
+def test_a_request_that_ends_every_engine_fails_alone(
+    how: str, after: int, most_restarts: int, overlapped: bool
+) -> None:
     async def use(house: House) -> None:
         for number in range(6):
             house.ask(f"good{number}", 150)
@@ -356,7 +363,7 @@ def test_a_request_that_ends_every_engine_fails_alone(how: str, after: int, most
         await house.clients.until(lambda: "next" in house.clients.finished)
         house.check("next", 5)
 
-    run(use, Script(poison=how, poison_after=after))
+    run(use, Script(poison=how, poison_after=after, overlapped=overlapped))
 
 
 def test_alone_it_fails_at_its_second_engine() -> None:
@@ -369,7 +376,8 @@ def test_alone_it_fails_at_its_second_engine() -> None:
     run(use)
 
 
-def test_a_request_that_hangs_its_engine_fails_alone() -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_request_that_hangs_its_engine_fails_alone(overlapped: bool) -> None:
     async def use(house: House) -> None:
         house.ask("good", 40)
         await house.clients.until(lambda: house.clients.num_tokens() > 3)
@@ -379,7 +387,9 @@ def test_a_request_that_hangs_its_engine_fails_alone() -> None:
         house.check("good", 40)
         assert house.metrics.engine_stalls >= 3
 
-    run(use, Script(poison="hang"), SupervisionSettings(stall_timeout_s=0.15, min_backoff_s=0.02))
+    run(
+        use, Script(poison="hang", overlapped=overlapped), SupervisionSettings(stall_timeout_s=0.15, min_backoff_s=0.02)
+    )
 
 
 def test_an_engine_that_dies_while_it_loads_is_started_again(tmp_path: Path) -> None:
@@ -456,7 +466,8 @@ def test_an_engine_command_that_cannot_be_started_is_an_error_that_says_so() -> 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_draining_survives_the_death_of_the_engine() -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_draining_survives_the_death_of_the_engine(overlapped: bool) -> None:
     async def use(house: House) -> None:
         house.ask("a", 200)
         await house.clients.until(lambda: house.clients.num_tokens() > 5)
@@ -468,7 +479,7 @@ def test_draining_survives_the_death_of_the_engine() -> None:
         await ending
         house.check("a", 200)
 
-    run(use)
+    run(use, Script(overlapped=overlapped))
 
 
 def test_what_is_not_finished_when_the_drain_time_is_over_is_told() -> None:

@@ -68,7 +68,7 @@ class Worker:
 
 
 class Overlapped:
-    def __init__(self, num_blocks: int, budget: int, drafts_seed: int | None) -> None:
+    def __init__(self, num_blocks: int, budget: int, drafts_seed: int | None, policy: str = "fcfs") -> None:
         self.worker = Worker(num_blocks)
         self.blocks = KnownTokens(num_blocks, BLOCK_SIZE)
         drafter = None
@@ -76,7 +76,7 @@ class Overlapped:
             drafter = SettledDrafter(RandomDrafter(random.Random(drafts_seed), self.worker.fake.salts))
         scheduler = Scheduler(
             self.blocks,
-            policy=make_policy("fcfs"),
+            policy=make_policy(policy),
             budget=FixedBudget(budget),
             max_num_seqs=6,
             max_model_len=1000,
@@ -108,12 +108,13 @@ class Overlapped:
     num_blocks=st.integers(12, 40),
     budget=st.sampled_from([6, 9, 32]),
     drafts_seed=st.none() | st.integers(0, 100),
+    policy=st.sampled_from(["fcfs", "fair", "priority"]),
 )
 def test_every_interleaving_ends_with_the_words_of_each_alone(
-    seed: int, num_blocks: int, budget: int, drafts_seed: int | None
+    seed: int, num_blocks: int, budget: int, drafts_seed: int | None, policy: str
 ) -> None:
     source = random.Random(seed)
-    engine = Overlapped(num_blocks, budget, drafts_seed)
+    engine = Overlapped(num_blocks, budget, drafts_seed, policy)
     requests: dict[str, EngineRequest] = {}
     gone: set[str] = set()
     for number in range(60):
@@ -121,7 +122,13 @@ def test_every_interleaving_ends_with_the_words_of_each_alone(
             name = f"r{number}"
             prompt = [source.randrange(3)] * source.randint(1, 30)
             request = engine_request(
-                name, prompt, max_tokens=source.choice([1, 2, 9, 40]), stop_token_ids=source.choice([(), (3,), (3, 5)])
+                name,
+                prompt,
+                max_tokens=source.choice([1, 2, 9, 40]),
+                stop_token_ids=source.choice([(), (3,), (3, 5)]),
+                tenant=source.choice("xyz"),
+                priority=source.randrange(3),
+                arrival_s=float(number),
             )
             requests[name] = request
             engine.add(request)
