@@ -160,7 +160,6 @@ class Ops(Protocol):
     Norm weights and biases are float32."""
 
     name: str
-    computes_sinks: bool  # whether `paged_attention` takes them
     caches_fp8: bool  # whether a `KVCacheSpec` may be of FP8_KV
     weight_formats: tuple[str, ...]  # of `weight_formats.py`, those this implementation computes
 

@@ -62,7 +62,6 @@ class ReferenceOps:
     """Implements `Ops`. Has no state."""
 
     name = "reference"
-    computes_sinks = True
     caches_fp8 = True
     weight_formats: tuple[str, ...] = (DENSE,)
 

@@ -40,7 +40,6 @@ class CPUOps:
     """Implements `Ops` by the C kernels. Tensors are on the CPU, rows contiguous, one dtype throughout."""
 
     name = "cpu"
-    computes_sinks = True
     caches_fp8 = False
     weight_formats: tuple[str, ...] = CPU_FORMATS
 

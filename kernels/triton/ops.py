@@ -42,7 +42,6 @@ class TritonOps:
     """Implements `Ops` on one kind of device. `architecture` as "sm_90"; `num_processors`: its multiprocessors."""
 
     name = "triton"
-    computes_sinks = True
 
     def __init__(self, architecture: str, num_processors: int) -> None:
         self.architecture = architecture

@@ -104,8 +104,6 @@ def prepare_model(config: EngineConfig) -> PreparedModel:
     dtype = _choose_dtype(config.dtype, model_config.dtype, device)
     ops = select_ops(device, dtype, model_config.head_dim, config.num_threads)
     source = open_weights(path, model_config, ops.weight_formats)
-    if model_config.attention_sinks and not ops.computes_sinks:
-        raise ConfigError(f"The {ops.name} kernels have no attention sinks, which this model needs. Use --device cpu.")
     formats = _choose_formats(config, model_config, source, ops)
     weights = _plan_weights(model_config, formats, dtype, ops)
     free = available_bytes(device)
