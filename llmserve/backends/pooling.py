@@ -32,6 +32,7 @@ class PoolingBackend(Backend):
 
     def load(self, model: ModelContext) -> None:
         """Reads the Hugging Face folder that the version is. Raises ModelLoadError."""
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as an engine's: read when torch is imported
         from llmserve.worker.pooling_runner import PoolingRunner
 
         config = read_pooling_config(model.version_path)

@@ -26,6 +26,26 @@ def make_client(processes: EngineProcesses) -> EngineClient:
     return EngineClient(EngineConfig(model="m"), print, print, print, "critical", processes)
 
 
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_of_an_engine_wait_asleep_unless_the_operator_wants_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+
+    async def scenario() -> int:
+        wanted = given or "passive"
+        code = f"import os, sys; sys.exit(os.environ['OMP_WAIT_POLICY'] != {wanted!r})"
+        engine = await EngineProcesses((sys.executable, "-c", code)).take()
+        status = await engine.process.wait()
+        await engine.end()
+        return status
+
+    assert asyncio.run(scenario()) == 0
+
+
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> None:
     """What is opened once for all engines is opened before descriptors are counted."""
