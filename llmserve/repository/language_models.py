@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry
 from llmserve.errors import InferenceError, LLMServeError
+from llmserve.repository.heap import give_back
 from llmserve.repository.served_models import ServedModels
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,12 @@ class LanguageModels:
     def _retire(self, llm: LLM) -> None:
         task = asyncio.create_task(self._end(llm), name=f"retire {llm.name}/{llm.version}")
         self._retiring[task] = llm
-        task.add_done_callback(self._retiring.pop)
+        task.add_done_callback(self._retired)
+
+    def _retired(self, task: asyncio.Task[None]) -> None:
+        del self._retiring[task]
+        if not self._ending.is_set():
+            give_back()
 
     async def _end(self, llm: LLM) -> None:
         """Nobody finds it any more; those that have found it already may still come for a moment."""

@@ -140,6 +140,20 @@ def test_a_late_request_goes_to_the_next_version_and_then_the_old_one_is_gone(
     reload([smollm2_path] * 3, monkeypatch, use)
 
 
+@pytest.mark.usefixtures("no_collector")
+def test_the_memory_of_a_version_is_given_back_once_it_is_gone(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(served: ServedModels, models: LanguageModels) -> None:
+        tokenizer = weakref.ref(served.get("m").tokenizer)
+        was_gone = asyncio.get_running_loop().create_future()
+        monkeypatch.setattr(language_models, "give_back", lambda: was_gone.set_result(tokenizer() is None))
+        await models.load("m")
+        assert await asyncio.wait_for(was_gone, 20)
+
+    reload([smollm2_path] * 2, monkeypatch, use)
+
+
 def test_a_late_request_is_refused_where_its_tokens_would_mean_something_else(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
