@@ -17,7 +17,7 @@ from llmserve.kernels.moe_ops import Routing
 from llmserve.kernels.ops import LinearWeight
 from llmserve.kernels.triton.moe import TritonMoE
 from llmserve.kernels.triton.ops import TritonOps
-from llmserve.kernels.weight_formats import FP8, INT8, row_bytes
+from llmserve.kernels.weight_formats import FP8, FP8_G128, INT8, MXFP4, row_bytes
 
 _UP, _DOWN = (28672, 4096), (4096, 14336)  # Llama-3.1-8B's
 _EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE = 128, 8, 2048, 768  # Qwen3-30B-A3B's
@@ -25,8 +25,8 @@ _W4 = "w4a16_g128"
 
 
 def random_weight(ops: TritonOps, fmt: str, shape: tuple[int, int]) -> LinearWeight:
-    """What it holds does not matter if it is finite: bytes of 17 are a scale of 6e-4 and a zero point of 17."""
-    if fmt == _W4:
+    """What it holds does not matter if it is finite: bytes of 17 are small scales, and a zero point of 17."""
+    if fmt in (_W4, FP8_G128, MXFP4):
         raw = torch.full((shape[0], row_bytes(fmt, shape[1])), 17, dtype=torch.uint8, device=DEVICE)
         return ops.pack_quantized(raw, fmt)
     return ops.pack_linear(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16), None, fmt)
@@ -37,6 +37,7 @@ def linear_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
     predictions = {  # 1 and 16 rows against bandwidth, 4096 rows in TFLOP/s
         (FP8, _UP): ("75%", "75%", "800 TFLOP/s"),
         (FP8, _DOWN): ("62%", "60%", "800 TFLOP/s"),
+        (FP8_G128, _UP): ("72%", "72%", "650 TFLOP/s"),
         (INT8, _UP): ("75%", "75%", "800 TFLOP/s"),
         (_W4, _UP): ("55%", "55%", "250 TFLOP/s"),
         (_W4, _DOWN): ("45%", "45%", "250 TFLOP/s"),
@@ -63,6 +64,7 @@ def mixture_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
         ("dense", ("45%", "70%", "350 TFLOP/s")),
         (FP8, ("35%", "65%", "450 TFLOP/s")),
         (_W4, ("30%", "50%", "150 TFLOP/s")),
+        (MXFP4, ("25%", "40%", "130 TFLOP/s")),
     ):
         if fmt not in ops.weight_formats:
             continue
