@@ -303,6 +303,28 @@ def test_an_idle_time_ends_with_the_next_request(
             assert connection.recv(1) == b""
 
 
+def test_absurd_lengths_and_paths(tmp_path: Path, taken: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length of thousands of zeros is one; a long path is forgotten."""
+    remembered: list[DirectInfer] = []
+    monkeypatch.setattr(DirectInfer, "accepts", _spy_on_self(DirectInfer.accepts, remembered))
+    zeros = raw(body(0.0)).replace(b"Content-Length: ", b"Content-Length: " + b"0" * 5000)
+    with serving(tmp_path) as server, socket.create_connection(("127.0.0.1", server.http_port), 20) as connection:
+        for request in (zeros, zeros * 2, raw(body(0.0)).replace(b"/m/", b"/" + b"m" * 20_000 + b"/")):
+            connection.sendall(request)
+            for answer in read_answers(connection, request.count(b"POST")):
+                assert ("outputs" in answer) == (b"mm" not in request)
+        assert len(taken) == 1
+        assert [url for url in remembered[0]._routes if len(url) > 512] == []
+
+
+def _spy_on_self(accepts: Callable[..., bool], seen: list[DirectInfer]) -> Callable[..., bool]:
+    def spy(self: DirectInfer, *args: Any) -> bool:
+        seen.append(self)
+        return accepts(self, *args)
+
+    return spy
+
+
 def test_connection_close_closes(tmp_path: Path, taken: list[bytes]) -> None:
     with serving(tmp_path) as server, socket.create_connection(("127.0.0.1", server.http_port), 20) as connection:
         connection.sendall(raw(body(0.0), more="Connection: close\r\n"))
