@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -19,6 +20,7 @@ from uvicorn.server import ServerState
 Part = bytes | bytearray | memoryview
 HeaderList = Sequence[tuple[bytes, bytes]]
 _SMALL_BYTES = 65536  # of a body; up to here a copy is cheaper than one more write to the socket
+_MAX_DIGITS = 20  # of a length; the parser takes any number of leading zeros, and int() does not
 
 
 class DirectHandler(Protocol):
@@ -108,8 +110,28 @@ class HttpProtocol(HttpToolsProtocol):
                 self._direct.serve(exchange)
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's, but for a request that asks for another protocol, as some clients do with every request for the
+        sake of HTTP/2: there is none here, so it is one like any other. Its parser would stop before its body, and take
+        that for the next request: one that a proxy in front of us has not seen."""
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = rest[upgrade.args[0] :]
+                    self._decline_upgrade()
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter from CONNECT
+            self.send_400_response("Invalid HTTP request received.")
+
     def on_headers_complete(self) -> None:
         """Which way the request goes."""
+        self._unset_keepalive_if_required()  # the request before may have been answered since these bytes came
+        if self.parser.should_upgrade():
+            return  # it will be here again
         headers = dict(self.headers)
         if not self._is_direct(headers):
             super().on_headers_complete()
@@ -127,6 +149,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is answered once all of it is here."""
+        if self.parser.should_upgrade():
+            return
         exchange = self._exchange
         if exchange is None or not exchange.more_body:
             super().on_message_complete()
@@ -156,6 +180,15 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
+    def _decline_upgrade(self) -> None:
+        """Reads the head again as that of a request which asks for nothing. Raises HttpParserUpgrade for CONNECT."""
+        parser = self.parser
+        lines = [b"%b %b HTTP/%b" % (parser.get_method(), self.url, parser.get_http_version().encode())]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has its first
+        self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
+
     def _is_direct(self, headers: dict[bytes, bytes]) -> bool:
         """Whether a request goes the short way."""
         direct, parser = self._direct, self.parser
@@ -164,9 +197,9 @@ class HttpProtocol(HttpToolsProtocol):
             direct is not None
             and (self.cycle is None or self.cycle.response_complete)
             and length.isdigit()
+            and len(length) <= _MAX_DIGITS
             and int(length) <= _SMALL_BYTES
             and not self.flow.write_paused
-            and not parser.should_upgrade()
             and parser.get_http_version() == "1.1"
             and direct.accepts(parser.get_method(), self.url, headers)
         )

@@ -19,6 +19,7 @@ _EXACT = {
     **dict.fromkeys(("/tokenize", "/detokenize", "/rerank", "/v2/rerank", "/v2/embed", "/score", "/classify"), INFER),
     **dict.fromkeys(("/pooling", "/embed", "/embed_all", "/embeddings", "/predict", "/similarity"), INFER),
 }
+_MAX_REMEMBERED_CHARS = 512  # strangers make paths up, before anybody asks who they are
 _V2_MODEL = {
     "": INFER,
     "ready": ANY,
@@ -38,9 +39,12 @@ _GRPC = {
 }
 
 
-@lru_cache(1024)
 def http_scope(path: str) -> str:
     """The scope of an HTTP route. The same path, decoded, decides here and in the routers."""
+    return _remembered_scope(path) if len(path) <= _MAX_REMEMBERED_CHARS else _scope(path)
+
+
+def _scope(path: str) -> str:
     exact = _EXACT.get(path)
     if exact is not None:
         return exact
@@ -51,6 +55,9 @@ def http_scope(path: str) -> str:
     if path.startswith("/v2/models/"):
         return _v2_model_scope(path.split("/")[4:])
     return ADMIN
+
+
+_remembered_scope = lru_cache(1024)(_scope)
 
 
 def _v2_model_scope(rest: list[str]) -> str:

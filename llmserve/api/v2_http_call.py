@@ -28,6 +28,7 @@ JSON = b"application/json"
 OCTETS = b"application/octet-stream"
 TEXT = b"text/plain"
 CLIENT_CLOSED_REQUEST = 499
+_MAX_DIGITS = 20
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _JOIN_BELOW_BYTES = 65536  # up to here a copy is cheaper than one more write to the socket
 _WATCH_AFTER_S = 0.05  # quicker requests are over before anyone would notice that their client has gone
@@ -91,7 +92,7 @@ class HttpCall:
         if encoding and encoding not in (b"identity", b"gzip", b"deflate"):
             raise InferenceError("Unsupported compression type", InferenceError.UNSUPPORTED)
         declared = self.headers.get(b"content-length", b"")
-        if declared.isdigit():
+        if declared.isdigit() and len(declared) <= _MAX_DIGITS:  # one of more is mostly zeros
             check_size(int(declared), limit)
         message = await self._receive_body()
         body: bytes = message.get("body", b"")

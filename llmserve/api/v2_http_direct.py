@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _UNUSUAL = frozenset((b"content-encoding", b"expect", b"origin"))
 _MAX_ROUTES = 1024
+_MAX_URL_BYTES = 512  # of one that is remembered: strangers make them up, before anybody asks who they are
 
 
 class DirectInfer:
@@ -74,7 +75,9 @@ class DirectInfer:
         except KeyError:
             if len(self._routes) == _MAX_ROUTES:
                 self._routes.clear()
-            route = self._routes[url] = _read_route(url)
+            route = _read_route(url)
+            if len(url) <= _MAX_URL_BYTES:
+                self._routes[url] = route
             return route
 
 

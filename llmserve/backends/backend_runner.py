@@ -61,6 +61,8 @@ class BackendRunner:
         self._inbox = inbox
         self._backend: Backend | None = None
         self._open: dict[int, Request] = {}  # requests without their final response
+        self._begun_id = 0  # the highest of a request that was begun with
+        self._given_up: set[int] = set()  # requests that nobody waits for, handed over ahead and not begun yet
         self._lock = threading.Lock()  # models answer from threads of their own
         self._output_names: frozenset[str] = frozenset()
         self._context = _context(launch)
@@ -97,6 +99,8 @@ class BackendRunner:
         try:
             batch = self._open_batch(message, payload)
             started_ns = time.monotonic_ns()
+            if all(request.cancelled for request in batch.requests):
+                raise InferenceError("The request was cancelled before it began.", InferenceError.CANCELLED)
             responses = self._backend.execute(batch)
             if responses is not None and len(responses) != len(batch.requests):
                 raise InferenceError(
@@ -113,6 +117,8 @@ class BackendRunner:
         for request_id in ids:
             if (request := self._open.get(request_id)) is not None:
                 request.cancelled = True
+            elif request_id > self._begun_id:
+                self._given_up.add(request_id)
 
     def acknowledge(self, request_id: int, units: int) -> None:
         """The client has taken responses: there is room for more."""
@@ -146,7 +152,12 @@ class BackendRunner:
         batch = Batch(message.requests, message.inputs, arrays, self._launch.config, self)
         with self._lock:
             for request in batch.requests:
-                self._open[request.header.id] = request
+                request_id = request.header.id
+                self._open[request_id] = request
+                self._begun_id = max(self._begun_id, request_id)
+                if request_id in self._given_up:
+                    self._given_up.discard(request_id)
+                    request.cancelled = True
         return batch
 
     def _close_batch(self, message: ExecuteBatch, responses: Sequence[Response | None] | None, started_ns: int) -> None:

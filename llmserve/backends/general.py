@@ -90,7 +90,7 @@ class GeneralModel:
         batching = batcher_config(config)
         self._batcher = DynamicBatcher(batching)
         decoupled = config.model_transaction_policy.decoupled
-        self._loads.hands_ahead = not batching.max_batch_size and not decoupled
+        self._loads.hands_ahead = not (config.max_batch_size or config.HasField("dynamic_batching") or decoupled)
         self._in_flight.decoupled = decoupled
         self._in_flight.preserve_ordering = config.dynamic_batching.preserve_ordering
 

@@ -62,6 +62,8 @@ class ServerLink:
     def receive(self) -> tuple[ToModel, memoryview] | None:
         """Waits for the next message; None when the server has gone."""
         with self._changed:
+            if self._inbox and not self._ended:
+                self._read(0.0)  # it has waited here: it may have been cancelled meanwhile
             while not self._inbox and not self._ended:
                 self._read(None)
             return self._inbox.popleft() if self._inbox else None

@@ -180,6 +180,13 @@ class InFlightRequests:
         """Whether `take_unsent` may have something."""
         return bool(self._new or self._returning or self._suspects)
 
+    @property
+    def num_held(self) -> int:
+        """Those that wait here for their turn: they count as waiting, though the engine has not heard of them."""
+        unsent = (*self._new, *self._returning, *self._suspects)
+        names = {record.request.request_id for record in unsent if record.engine_id is None and not record.is_paused}
+        return len(names & self._requests.keys())
+
     def engine_died(self, executing: Collection[str], *, for_certain: bool) -> list[str]:
         """All are unsent again. `executing` are the names of those in the step in progress, some of which may have been
         aborted meanwhile; `for_certain`: the engine died by itself, of that step, or between two of them over any it

@@ -213,6 +213,7 @@ class EngineSupervisor:
 
     def _on_step(self, step: StepOutputs) -> None:
         self._requests.record(step)
+        step.stats.num_waiting += self._requests.num_held
         if self._guard is not None:
             self._guard.step(self._requests.has_sent)
         self._num_failures = 0
@@ -223,6 +224,7 @@ class EngineSupervisor:
         if self._guard is not None:
             self._guard.heartbeat(self._requests.has_sent)
         self._num_failures = 0
+        stats.num_waiting += self._requests.num_held
         self._events.on_idle(stats)
 
     def _on_dead(self, error: LLMServeError) -> None:

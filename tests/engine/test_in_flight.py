@@ -151,3 +151,20 @@ def test_a_suspect_that_leaves_makes_room_for_the_next() -> None:
     assert sent(requests) == []
     requests.forget(["a", "b"])
     assert sent(requests) == ["c"]
+
+
+def test_those_that_are_held_during_a_trial_are_counted() -> None:
+    requests = of("a", "b")
+    assert requests.num_held == 2
+    sent(requests)
+    requests.engine_died(["a"], for_certain=True)
+    for name in ("c", "d"):
+        requests.add(next(of(name).take_unsent()))
+    assert sent(requests) == ["a", "b"]
+    assert requests.num_held == 2
+    requests.forget(["c"])
+    assert requests.num_held == 1
+    say(requests, "a")
+    assert sent(requests) == ["d"]
+    requests.pause(["a"])
+    assert requests.num_held == 0

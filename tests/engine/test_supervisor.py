@@ -540,3 +540,17 @@ def test_a_server_that_has_run_out_says_so_and_goes_on_when_it_has_again(
         house.check("a", 300)
 
     run(use)
+
+
+def test_requests_that_no_engine_has_yet_are_said_to_wait() -> None:
+    """Who limits the time in the queue goes by that number."""
+
+    async def scenario() -> None:
+        house = House(Script(), SETTINGS, with_standby=False)
+        for name in ("a", "b"):
+            house.ask(name, 3)
+        house.supervisor._on_idle(stats := EngineStats(1, 4, 0, 0))
+        house.supervisor._on_step(step := StepOutputs(1, 0.0, [], EngineStats(1, 4, 0, 0)))
+        assert stats.num_waiting == step.stats.num_waiting == 6
+
+    asyncio.run(scenario())

@@ -153,3 +153,56 @@ def test_a_burst_is_answered_in_its_order_and_counted(tmp_path: Path) -> None:
             assert statistics.queue.ns > statistics.compute_input.ns  # they waited for each other, not for the model
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("config", [PYTHON, PYTHON + "dynamic_batching { }"])
+def test_a_queue_has_its_rules_without_batches_too(tmp_path: Path, config: str) -> None:
+    """Priorities, time-outs and sizes are of requests that wait here, not of those an instance has."""
+
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": WRITES_DOWN}, config) as model:
+            model._loads._mean_ns = 0.0  # it is known to be quick, however slow this machine is
+            tasks = [asyncio.create_task(infer(model, INPUT0=fp32(0))) for _ in range(9)]
+            await asyncio.sleep(0)
+            assert sum(model.explain()["queued_by_priority"]) == (8 if "dynamic" in config else 0)
+            await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+
+
+WRITES_DOWN = """
+import time
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.file = args["model_repository"] + "/begun"
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            array = pb_utils.get_input_tensor_by_name(request, "INPUT0").as_numpy()
+            with open(self.file, "a") as file:
+                file.write(f"{int(array[-1])} ")
+            time.sleep(float(array[0]))
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", array)]))
+        return responses
+"""
+
+
+def test_who_has_gone_is_not_begun_with(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, {"model.py": WRITES_DOWN}) as model:
+            model._loads._mean_ns = 0.0
+            tasks = [asyncio.create_task(infer(model, INPUT0=fp32(0.3, number))) for number in range(5)]
+            await asyncio.sleep(0.1)
+            assert not any(model.explain()["queued_by_priority"])  # the process has them all
+            for task in tasks[1:4]:
+                task.cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [isinstance(item, dict) for item in found] == [True, False, False, False, True]
+            assert (tmp_path / "m" / "begun").read_text() == "0 4 "
+            assert model.statistics().pending == 0
+            assert model.explain()["in_flight"] == 0
+
+    asyncio.run(scenario())

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
 from llmserve.api.v2_http_direct import DirectInfer
 from llmserve.backends.general import GeneralModel
@@ -246,6 +248,81 @@ def test_who_goes_before_all_is_sent_is_written_down(tmp_path: Path, taken: list
         assert server.metrics.requests == {("/v2/models/{model}/infer", "POST", "4xx"): 2}
     short, long = (json.loads(line) for line in log.read_text().splitlines())
     assert {key for key in short if short[key] != long[key]} <= {"id", "time", "duration_s"}
+
+
+@pytest.mark.parametrize("more", ["", "Origin: http://localhost\r\n"], ids=["short", "long"])
+def test_a_body_is_no_request_whatever_protocol_its_own_asks_for(tmp_path: Path, taken: list[bytes], more: str) -> None:
+    """Java's client asks for HTTP/2 with every request; a proxy that lets that pass must not be made to let more."""
+    upgrade = more + "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    whole, answers = raw(body(0.0, 1.0), more=upgrade), []
+    hidden = raw(b"POST /v2/repository/models/m/unload HTTP/1.1\r\nHost: localhost\r\n\r\n", more=upgrade)
+    with serving(tmp_path) as server, socket.create_connection(("127.0.0.1", server.http_port), 20) as connection:
+        for first, second in (
+            (whole, b""),
+            (whole[:-9], whole[-9:]),
+            (whole.partition(b"{")[0], b"{" + body(0.0, 1.0)[1:]),
+        ):
+            connection.sendall(first)
+            time.sleep(0.05)
+            connection.sendall(second)
+            answers += read_answers(connection, 1)
+        connection.sendall(whole * 3)
+        answers += read_answers(connection, 3)
+        assert [answer["outputs"][0]["data"] for answer in answers] == [[0.0, 1.0]] * 6
+        assert bool(taken) == (not more)
+        head, _, content = hidden.partition(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        time.sleep(0.05)
+        connection.sendall(content + raw(body(0.0, 2.0)))
+        (error, last) = read_answers(connection, 2)
+        assert "error" in error
+        assert last["outputs"][0]["data"] == [0.0, 2.0]
+        assert sum(server.metrics.requests.values()) == 8
+    with serving(tmp_path / "again") as server:
+        for connect in (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", server.http_port), 20) as connection:
+                connection.sendall(connect)
+                assert connection.makefile("rb").read().startswith(b"HTTP/1.1 400")
+
+
+def test_an_idle_time_ends_with_the_next_request(
+    tmp_path: Path, taken: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if that came in the packet of the one before, which was answered from there."""
+    monkeypatch.setattr("llmserve.api.http_server.uvicorn.Config", partial(uvicorn.Config, timeout_keep_alive=1))
+    refused = raw(body(0.0)).replace(b"/m/", b"/nobody/")
+    for more in ("", "Origin: http://localhost\r\n"):
+        with (
+            serving(tmp_path / str(len(more))) as server,
+            socket.create_connection(("127.0.0.1", server.http_port), 20) as connection,
+        ):
+            connection.sendall(refused + raw(body(1.5), more=more))
+            error, answer = read_answers(connection, 2)
+            assert "error" in error
+            assert answer["outputs"][0]["data"] == [1.5]
+            assert connection.recv(1) == b""
+
+
+def test_absurd_lengths_and_paths(tmp_path: Path, taken: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length of thousands of zeros is one; a long path is forgotten."""
+    remembered: list[DirectInfer] = []
+    monkeypatch.setattr(DirectInfer, "accepts", _spy_on_self(DirectInfer.accepts, remembered))
+    zeros = raw(body(0.0)).replace(b"Content-Length: ", b"Content-Length: " + b"0" * 5000)
+    with serving(tmp_path) as server, socket.create_connection(("127.0.0.1", server.http_port), 20) as connection:
+        for request in (zeros, zeros * 2, raw(body(0.0)).replace(b"/m/", b"/" + b"m" * 20_000 + b"/")):
+            connection.sendall(request)
+            for answer in read_answers(connection, request.count(b"POST")):
+                assert ("outputs" in answer) == (b"mm" not in request)
+        assert len(taken) == 1
+        assert [url for url in remembered[0]._routes if len(url) > 512] == []
+
+
+def _spy_on_self(accepts: Callable[..., bool], seen: list[DirectInfer]) -> Callable[..., bool]:
+    def spy(self: DirectInfer, *args: Any) -> bool:
+        seen.append(self)
+        return accepts(self, *args)
+
+    return spy
 
 
 def test_connection_close_closes(tmp_path: Path, taken: list[bytes]) -> None:
