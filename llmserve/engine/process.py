@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from llmserve.config import EngineConfig
 from llmserve.engine.assembly import make_core
@@ -34,16 +35,19 @@ def build_core(
     send(prepared.plan)
     last_sent = 0.0
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last_sent
-        now = time.monotonic()
-        if server_pid is not None and os.getppid() != server_pid:
-            raise EngineDeadError("The server process has ended.")
-        if done >= total or now - last_sent > _PROGRESS_S:
-            last_sent = now
-            send(LoadProgress("loading weights", done, total))
+    def report(stage: str) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            nonlocal last_sent
+            now = time.monotonic()
+            if server_pid is not None and os.getppid() != server_pid:
+                raise EngineDeadError("The server process has ended.")
+            if done >= total or now - last_sent > _PROGRESS_S:
+                last_sent = now
+                send(LoadProgress(stage, done, total))
 
-    runner = prepared.load(progress)
+        return progress
+
+    runner = prepared.load(report("loading weights"), report("capturing CUDA graphs"))
     return make_core(config, runner, recorder), EngineReady(runner.plan, time.monotonic() - started)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,12 +171,14 @@ class GPUModelRunner:
             self._device.submit(self._clear_draws)
             self._device.submit(functools.partial(self._draw, (shape.num_draws, SAMPLING_MODES[-1])))
 
-    def warm_up(self) -> None:
-        """Before the first request: all graphs, if they are not to wait until they are needed, and all memory."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Before the first request: all graphs, if they are not to wait until they are needed, and all memory.
+        `progress` gets graphs captured and graphs in all."""
         started = time.monotonic()
         if not self._lazily:
-            for _ in self.capture_step_by_step():
-                pass
+            for num_captured in self.capture_step_by_step():
+                if progress is not None:
+                    progress(num_captured, self.num_graph_keys)
         self.run_largest_steps()
         self._device.synchronize()
         logger.info(

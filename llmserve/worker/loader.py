@@ -35,6 +35,7 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+Progress = Callable[[int, int], None]  # how much is done, and how much there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +52,22 @@ class PreparedModel:
     free_bytes: int  # on the device
     plan: MemoryPlan
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> ModelRunner | GPUModelRunner:
+    def load(
+        self, progress: Progress | None = None, capture_progress: Progress | None = None
+    ) -> ModelRunner | GPUModelRunner:
         """Reads the weights and allocates the KV cache; on a GPU what is left for it is measured, so that the runner's
-        plan is not quite this one. `progress` gets bytes done and bytes in all."""
+        plan is not quite this one. `progress` gets bytes done and bytes in all, `capture_progress` the same of CUDA
+        graphs."""
         model = self.load_weights(progress)
         if isinstance(self.ops, CPUOps):
             torch.set_num_threads(1)  # loading is done: OpenMP's threads, which spin, would take the kernels' cores
         if self.device.type == "cuda" and self.ops.name == "triton":
-            return self.launching_runner(model, lambda: CudaDevice(self.device))
+            return self.launching_runner(model, lambda: CudaDevice(self.device), capture_progress)
         return ModelRunner(model, self.ops, self.plan, cache_dtype(self.plan), self.device)
 
-    def launching_runner(self, model: LlamaModel, open_device: Callable[[], Device]) -> GPUModelRunner:
+    def launching_runner(
+        self, model: LlamaModel, open_device: Callable[[], Device], capture_progress: Progress | None = None
+    ) -> GPUModelRunner:
         """The runner of a device that is not waited for, warm. `open_device` is called once for the runner by which
         memory is measured, and once for that which stays: their graphs share nothing."""
         # What torch's own mixture of experts does is decided on the host, token by token: no graph can hold that.
@@ -77,10 +83,10 @@ class PreparedModel:
         usable = self.plan.available_bytes
         plan = plan_memory(self.config, self.model_config, weights, self.dtype, self.device, self.ops, usable, measured)
         runner = make(plan, open_device())
-        runner.warm_up()
+        runner.warm_up(capture_progress)
         return runner
 
-    def load_weights(self, progress: Callable[[int, int], None] | None = None) -> LlamaModel:
+    def load_weights(self, progress: Progress | None = None) -> LlamaModel:
         """The model without a runner."""
         return load_model(
             self.source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ def recorder() -> Iterator[FlightRecorder]:
     recorder.close()
 
 
-def launching(engines: Engines, **settings: Any) -> GPUModelRunner:
+def launching(engines: Engines, progress: Callable[[int, int], None] | None = None, **settings: Any) -> GPUModelRunner:
     """As on a GPU, but for the device."""
     prepared = replace(engines.prepared, config=replace(engines.prepared.config, **settings))
     device = FakeDevice(prepared.free_bytes)
     engines.device = device
-    return prepared.launching_runner(engines.model, lambda: device)
+    return prepared.launching_runner(engines.model, lambda: device, progress)
 
 
 def request(name: str, num_prompt: int = 17, max_tokens: int = 20) -> EngineRequest:
@@ -67,8 +67,10 @@ def run(core: EngineCore, *requests: EngineRequest) -> dict[str, list[int]]:
 
 def test_a_device_gets_the_engine_that_its_settings_ask_for(engines: Engines) -> None:
     """All say the same."""
-    runner = launching(engines)
+    heard: list[tuple[int, int]] = []
+    runner = launching(engines, lambda done, total: heard.append((done, total)))
     assert runner.num_graphs == runner.num_graph_keys > 0
+    assert heard == [(done, runner.num_graphs) for done in range(1, runner.num_graphs + 1)]
     assert isinstance(make_core(engines.prepared.config, runner), OverlappedCore)
     expected = run(engines.plain(Life()), request("a"), request("b", 40))
     for settings in ({}, {"async_scheduling": False}, {"enforce_eager": True}, {"cuda_graph_capture": "lazy"}):
