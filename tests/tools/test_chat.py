@@ -47,9 +47,11 @@ def test_a_pipe_is_one_message_and_stdout_is_the_answer_alone(fake_server: Any) 
 
 
 def test_message_does_not_read_stdin(fake_server: Any) -> None:
+    fake_server.push_events(fake_server.chat_events(["w0 ", "w1 ", "w2 "], 3, 0))
     done = chat("--url", fake_server.url, "--message", "from the flag", "--model", "mine", stdin="from the pipe")
     assert (done.returncode, done.stdout) == (0, "w0 w1 w2 \n")
     (seen,) = fake_server.completions
+    assert seen.body["max_tokens"] == 1024  # small models do not always end by themselves
     assert seen.body["messages"] == [{"role": "user", "content": "from the flag"}]
     assert seen.body["model"] == "mine"
 
@@ -137,7 +139,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(fake_server: Any) -> Any:
-    opened = Terminal("--url", fake_server.url)
+    opened = Terminal("--url", fake_server.url, "--max-tokens", "3")
     opened.until("fake-model. /help lists the commands.")
     opened.until("> ")
     yield opened
