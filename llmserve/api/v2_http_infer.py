@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from llmserve.api.v2_http_call import OCTETS, HttpAnswer, HttpCall
@@ -13,6 +14,7 @@ from llmserve.inference import InferResponse
 from llmserve.repository.data_plane import DataPlane, is_decoupled
 from llmserve.repository.model_version import ResponseStream, Servable
 
+_NUMBER = re.compile(rb"-?[0-9]{1,20}")
 _HEADER_LENGTH = b"inference-header-content-length"
 
 
@@ -75,12 +77,11 @@ def read_infer(
         if body:
             return read_infer_call(model, version, body, None, settings)
         return _raw_call(model, version, body, plane)  # Triton takes a request without a body as an empty tensor
-    try:
-        length = int(declared)
-    except ValueError:
+    if not _NUMBER.fullmatch(declared):
         raise InvalidRequestError(
             f"the header Inference-Header-Content-Length must be a number, got: {declared[:64].decode('latin-1')!r}"
-        ) from None
+        )
+    length = int(declared)
     if length == 0:
         return _raw_call(model, version, body, plane)
     if not 0 < length <= len(body):

@@ -14,7 +14,8 @@ from llmserve.backends.model_messages import Results
 from llmserve.general_metrics import ExecutionTimes
 from llmserve.scheduler.dynamic_batcher import Batch
 
-_MAX_BATCHES = 16  # that one instance has at a time
+_MAX_BATCHES = 16  # that an instance has at a time, if it is the only one
+_MAX_BATCHES_OF_SEVERAL = 2  # no more may stand behind one long execution while the others are idle
 _SHORT_NS = 1_000_000  # an execution that is over so soon keeps nobody waiting who would be better off elsewhere
 _LEARN = 0.125
 
@@ -62,7 +63,8 @@ class InstanceLoads:
         if not self.hands_ahead or self._mean_ns >= _SHORT_NS or not self._busy:
             return None
         least = min(self._busy, key=lambda instance: len(self._busy[instance]))
-        return least if len(self._busy[least]) < _MAX_BATCHES else None
+        most = _MAX_BATCHES if len(self._busy) == 1 else _MAX_BATCHES_OF_SEVERAL
+        return least if len(self._busy[least]) < most else None
 
     def begin(self, instance: Instance, batch_id: int, batch: Batch, now_ns: int) -> None:
         """It is given a batch."""

@@ -180,12 +180,14 @@ class Answering(AsyncIterator[InferResponse]):
         self._counted = True
         self._version.begin_request()
         self._take = take
+        has_begun = False
         try:
             self._responses.deliver(self._pass_on)
-        except LLMServeError:
-            self._take = None
-            self._uncount()
-            raise
+            has_begun = True
+        finally:
+            if not has_begun:
+                self._take = None
+                self._uncount()
         return True
 
     async def aclose(self) -> None:
