@@ -21,10 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tests/kernels/triton", "tests/gpu")
+ALONE = "tests/gpu/"  # they look at how much of the device is free
 NEED_HYPOTHESIS = ("tests/kernels/triton/test_triton_ragged.py",)
 _PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu")
 _VERDICT = re.compile(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 _MAX_PROCESSES = 8  # each holds a CUDA context of some hundred MB
+_ALONE_S = 60.0
 _REPORT_S = 5.0
 _SHOWN = 4000  # characters of a process's report
 
@@ -45,7 +47,11 @@ def run_tests(timeout_s: float, folders: Sequence[str] = FOLDERS, root: Path = R
     if not names:
         return f"none was found: pytest ended with {listed.returncode}"
     verdicts: Counter[str] = Counter()
-    for report in _reports(names, root, end_s):
+    alone = [name for name in names if name.startswith(ALONE)]
+    together = [name for name in names if not name.startswith(ALONE)]
+    reports = _reports(together, _MAX_PROCESSES, root, end_s - (_ALONE_S if alone else 0.0))
+    reports += _reports(alone, 1, root, end_s)
+    for report in reports:
         verdicts.update(_VERDICT.findall(report))
         if " FAILURES " in report or " ERRORS " in report:
             print(report[-_SHOWN:], flush=True)
@@ -54,9 +60,9 @@ def run_tests(timeout_s: float, folders: Sequence[str] = FOLDERS, root: Path = R
     return found + (f"; pytest found not all: it ended with {listed.returncode}" if listed.returncode else "")
 
 
-def _reports(names: list[str], root: Path, end_s: float) -> list[str]:
-    """What each process wrote, in turns of the tests, until it ended or time was up."""
-    num_processes = min(_MAX_PROCESSES, os.cpu_count() or 1, len(names))
+def _reports(names: list[str], most: int, root: Path, end_s: float) -> list[str]:
+    """What each of at most so many processes wrote, in turns of the tests, until it ended or time was up."""
+    num_processes = min(most, os.cpu_count() or 1, len(names))
     with ExitStack() as stack:
         running = []
         for first in range(num_processes):
