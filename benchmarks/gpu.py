@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu [--write FILE] [--skip-tests] [--only kernels|models] [--dry-run]
 
-Under 9 minutes on one H200, without a network. Predictions were written before the first run; a part that fails says so
-in its row, and the others run. Without a GPU it says that there is none and exits with 1; a dry run takes the models'
-part through its paces on the CPU, on a fake device and in tiny shapes: it measures nothing.
+Under 9 minutes on one H200, without a network: no longer, each part runs in a process of its own and is ended when its
+time is up. Predictions were written before the first run; a part that fails says so in its row, and the others run,
+whatever became of its CUDA context. Without a GPU it says that there is none and exits with 1; a dry run takes the
+models' part through its paces on the CPU, on a fake device and in tiny shapes: it measures nothing.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import functools
 import gc
 import importlib.util
 import logging
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_tests import run_tests
+
 ROOT = Path(__file__).parents[1]
 logger = logging.getLogger(__name__)
-TESTS_TIMEOUT_S = 240
+LIMIT_S = 530  # of all together
+TESTS_LIMIT_S = 180
+PART_LIMIT_S = 120
 
 
 def missing() -> str:
@@ -34,21 +41,6 @@ def missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'llmserve[gpu]'."
     return ""
-
-
-def run_tests() -> str:
-    """The tests marked gpu: the last line pytest wrote."""
-    if importlib.util.find_spec("pytest") is None:
-        return "not run: pytest is not installed"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/triton", "tests/gpu"]
-    if importlib.util.find_spec("hypothesis") is None:
-        command.append("--ignore=tests/kernels/triton/test_triton_ragged.py")
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return f"not finished after {TESTS_TIMEOUT_S} s"
-    print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit status {done.returncode}"
 
 
 def kernel_part() -> Iterator[object]:
@@ -76,10 +68,33 @@ def collect(name: str, rows: Callable[[], Iterator[object]]) -> Iterator[str]:
             yield line
     except Exception as error:
         logger.exception("%s failed", name)
-        yield f"| {name} | | | | failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} |"
+        line = f"| {name} | | | | failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} |"
+        print(line, flush=True)
+        yield line
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+
+
+def parts() -> dict[str, Callable[[], Iterator[object]]]:
+    """All that is measured on a GPU, by name."""
+    return {"kernels": kernel_part, **dict(model_parts(is_dry=False))}
+
+
+def run_apart(name: str, limit_s: float) -> Iterator[str]:
+    """Lines of one part's table: of a process that has the GPU to itself and ends after so many seconds."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        alarm = threading.Timer(limit_s, process.kill)
+        alarm.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("| "):
+                yield line.rstrip("\n")
+        status = process.wait()
+        alarm.cancel()
+    if status:
+        why = f"stopped after {limit_s:.0f} s" if status == -signal.SIGKILL else f"ended with status {status}"
+        yield f"| {name} | | | | failed: {why} |"
 
 
 def dry_run() -> int:
@@ -95,23 +110,27 @@ def main() -> int:
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--only", choices=("kernels", "models"))
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--part", help="one part alone, in this process")
     args = parser.parse_args()
     if args.dry_run:
         return dry_run()
     if reason := missing():
         print(reason)
         return 1
+    if args.part:
+        for _ in collect(args.part, parts()[args.part]):
+            pass
+        return 0
     started = time.perf_counter()
     properties = torch.cuda.get_device_properties(0)
     lines = [f"{properties.name}, torch {torch.__version__}, CUDA {torch.version.cuda}", ""]
     if not args.skip_tests:
-        lines += [f"Tests on the device: {run_tests()}", ""]
+        lines += [f"Tests on the device: {run_tests(TESTS_LIMIT_S)}", ""]
     lines += ["| what | measure | target | predicted | result |", "|---|---|---|---|---|"]
-    if args.only != "models":
-        lines += collect("kernels", kernel_part)
-    if args.only != "kernels":
-        for name, rows in model_parts(is_dry=False):
-            lines += collect(name, rows)
+    chosen = [name for name in parts() if args.only is None or (name == "kernels") == (args.only == "kernels")]
+    for name in chosen:
+        left_s = LIMIT_S - (time.perf_counter() - started)
+        lines += run_apart(name, min(left_s, PART_LIMIT_S)) if left_s > 0 else [f"| {name} | | | | no time was left |"]
     lines.append(f"\n{time.perf_counter() - started:.0f} s in all.")
     text = "\n".join(lines) + "\n"
     print(text)

@@ -162,14 +162,17 @@ class GPUModelRunner:
     @torch.inference_mode()
     def run_largest_steps(self) -> None:
         """Steps of padding that take as much memory as any can: most tokens and draws, and one long context shared out
-        among programs. What they took stays with the allocator, so no later step has to ask the device for more."""
+        among programs. What they took stays with the allocator, so no later step has to ask the device for more. And
+        every way of drawing, and a step of one token: what runs without a graph is compiled here, not under a
+        request."""
         most = StepShape(self.plan.max_num_batched_tokens, self.plan.max_num_seqs, len(self._drawn))
         few = StepShape(min(_FEW_TOKENS, most.num_tokens), 1, 1)
-        for shape in (most, few):
+        for shape in (most, few, StepShape(1, 1, 1)):
             self._device.submit(self._rows.clear_staged)
             self._device.submit(functools.partial(self._forward, shape))
             self._device.submit(self._clear_draws)
-            self._device.submit(functools.partial(self._draw, (shape.num_draws, SAMPLING_MODES[-1])))
+            for mode in SAMPLING_MODES:
+                self._device.submit(functools.partial(self._draw, (shape.num_draws, mode)))
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Before the first request: all graphs, if they are not to wait until they are needed, and all memory.

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
 from llmserve.engine.loop import EngineLoop
 from llmserve.engine.overlap import OverlappedCore
 from llmserve.messages import EngineRequest, FromEngine, SamplingParams, Shutdown, StepOutputs
-from llmserve.worker.gpu_model_runner import GPUModelRunner
+from llmserve.worker.device_rows import SamplingMode
+from llmserve.worker.gpu_model_runner import SAMPLING_MODES, GPUModelRunner
 from tests.engine.overlap_harness import Engines, Life
 from tests.worker.fake_device import FakeDevice
 
@@ -88,6 +90,29 @@ def test_what_is_measured_is_what_the_cache_gets_less(engines: Engines) -> None:
     plan = launching(engines, **settings).plan
     assert plan.num_blocks > 0
     assert plan.kv_cache_bytes == plan.num_blocks * (before.kv_cache_bytes // before.num_blocks)
+
+
+class NotingDraws(FakeDevice):
+    """Notes what was drawn op by op, and of how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: set[tuple[int, SamplingMode]] = set()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        if isinstance(work, partial) and work.func.__name__ == "_draw":
+            self.drawn.add(work.args[0])
+        super().submit(work)
+
+
+@pytest.mark.parametrize("settings", [{"enforce_eager": True}, {"cuda_graph_capture": "lazy"}, {}])
+def test_no_way_of_drawing_is_met_first_by_a_request(engines: Engines, settings: dict[str, Any]) -> None:
+    """On a GPU each is a kernel to be compiled, and so is a step of one token."""
+    prepared = replace(engines.prepared, config=replace(engines.prepared.config, **settings))
+    device = NotingDraws()
+    prepared.launching_runner(engines.model, lambda: device)
+    assert {mode for _, mode in device.drawn} == set(SAMPLING_MODES)
+    assert 1 in {num_draws for num_draws, _ in device.drawn}
 
 
 def test_all_steps_on_their_way_are_noted(engines: Engines, recorder: FlightRecorder) -> None:

@@ -27,6 +27,7 @@ from tests.worker.fake_device import FakeDevice
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LOADED_LATE = 2**26  # bytes: CUDA loads a library's kernels when they are first called
 WEIGHTS = RandomWeights(TINY, seeded=True, scale=0.25)
 
 
@@ -103,7 +104,7 @@ def test_nothing_is_allocated_after_the_start(engines: Engines) -> None:
     engines.device.synchronize()
     after = engines.device.memory()
     assert after.reserved <= before.reserved
-    assert after.free >= before.free
+    assert after.free >= before.free - LOADED_LATE
 
 
 def test_the_measured_cache_fits_beside_everything_else(engines: Engines) -> None:
