@@ -124,8 +124,8 @@ def attention_kernel(
     HAS_SINKS: tl.constexpr, FP8_KV: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PARTITION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of query tokens (the last first: they have most keys), kv heads, and partitions if SPLIT, where each
-    program leaves one for split_attention: parts float32 [t, h, num_partitions, d], and stats float32
+    """Grid: tiles of query tokens (the last first: they have most keys), kv heads, and, if SPLIT, programs that deal
+    out the partitions, left for split_attention: parts float32 [t, h, num_partitions, d], and stats float32
     [t, h, num_partitions, 2], sum and maximum. DIM is HEAD_DIM rounded up to a power of two; WINDOW 0 is none."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -153,22 +153,22 @@ def attention_kernel(
     total, total_sum, total_max = nothing_yet(ROWS, DIM)
     first_part = begin_key // PARTITION
     end_part = tl.cdiv(end_key, PARTITION)
+    step = 1
     if SPLIT:
-        first_part = tl.maximum(first_part, tl.program_id(2))
-        end_part = tl.minimum(end_part, tl.program_id(2) + 1)
-        if first_part >= end_part:
-            return
-    for part in range(first_part, end_part):
+        first_part += tl.program_id(2)
+        step = tl.num_programs(2)
+    for part in range(first_part, end_part, step):
         part_out, part_sum, part_max = attend_partition(
             q, position, tl.maximum(begin_key, part * PARTITION), tl.minimum(end_key, part * PARTITION + PARTITION),
             table_ptr + seq.to(tl.int64) * table_stride, cache_ptr, scales_ptr, kv_head, scale_log2, soft_cap,
             NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, WINDOW, SOFT_CAP, FP8_KV, ROWS, KEYS, STAGES,
         )  # fmt: skip
         if SPLIT:
-            at_part = q_row * num_partitions + part
-            tl.store(parts_ptr + at_part[:, None] * HEAD_DIM + dim[None, :], part_out, mask=in_q)
-            tl.store(stats_ptr + at_part * 2, part_sum, mask=used)
-            tl.store(stats_ptr + at_part * 2 + 1, part_max, mask=used)
+            at_part = q_row * num_partitions
+            row_stats_ptr = stats_ptr + part * 2
+            tl.store(parts_ptr + part * HEAD_DIM + at_part[:, None] * HEAD_DIM + dim[None, :], part_out, mask=in_q)
+            tl.store(row_stats_ptr + at_part * 2, part_sum, mask=used)
+            tl.store(row_stats_ptr + at_part * 2 + 1, part_max, mask=used)
         else:
             total, total_sum, total_max = merge_partition(total, total_sum, total_max, part_out, part_sum, part_max)
     if not SPLIT:

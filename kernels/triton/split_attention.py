@@ -1,10 +1,11 @@
 """Paged attention as the model calls it: whether partitions are shared out among programs, and their merge if so.
 
-With many programs each walks through all partitions of its sequence; with few (some decodes of long contexts) each
-takes one, and a second kernel merges them: 4 * (d + 2) bytes written and read a partition, head and query, against
-4 * d * partition length of keys and values for the group of heads. Which of the two is decided from shapes alone, so
-a captured graph stays valid; and the result is the same bits, because partitions have a fixed length and are merged in
-the same order by the same arithmetic (see `attention`).
+With many programs each walks through all partitions of its sequence; with few (some decodes of long contexts) as many
+share them as fill the device, and a second kernel merges them: 4 * (d + 2) bytes written and read a partition, head and
+query, against 4 * d * partition length of keys and values for the group of heads. No more share them than that: a graph
+is launched for the longest context there may be, and a program a partition would be thousands with nothing to do.
+Which of the two is decided from shapes alone, so a captured graph stays valid; and the result is the same bits, because
+partitions have a fixed length and are merged in the same order by the same arithmetic (see `attention`).
 """
 
 import torch
@@ -84,7 +85,8 @@ def paged_attention(
         stats = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     dim = triton.next_power_of_2(head_dim)
     head_sinks = out if sinks is None else sinks
-    attention_kernel[(num_tiles, num_kv_heads, num_partitions if split else 1)](
+    sharing = min(num_partitions, triton.cdiv(min_programs, num_tiles * num_kv_heads)) if split else 1
+    attention_kernel[(num_tiles, num_kv_heads, sharing)](
         q, cache.data, cache.data if cache.scales is None else cache.scales, head_sinks, out, parts, stats,
         meta.query_start_loc, meta.seq_lens, meta.block_table, num_seqs, meta.block_table.stride(0), num_partitions,
         2.0 * LOG2_E * scale / soft_cap if soft_cap else LOG2_E * scale, LOG2_E * soft_cap, NUM_HEADS=num_heads,

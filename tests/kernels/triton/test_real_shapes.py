@@ -47,8 +47,8 @@ def test_attention_against_float64(heads: int, kv_heads: int, head_dim: int, win
     whole = [[(seq, 0, length) for seq, length in enumerate(lengths)]]
     chunks = [[(0, 0, 512), (2, 0, 699)], [(0, 512, 1499), (1, 0, 1), (3, 0, 64)], [(0, 1499, 1500), (2, 699, 700)]]
     results = [
-        batch.run(SmallTileOps(split=split, tiles=tiles), steps, window=window, device=DEVICE)
-        for split in (0, 10**9)
+        batch.run(SmallTileOps(split=split, programs=programs, tiles=tiles), steps, window=window, device=DEVICE)
+        for split, programs in ((0, 0), (10**9, 264), (10**9, 10**9))
         for steps in (whole, chunks)
     ]
     for seq in (0, 2):

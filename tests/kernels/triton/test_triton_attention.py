@@ -112,6 +112,21 @@ def test_neither_chunks_nor_neighbours_nor_splits_show() -> None:
     assert torch.equal(run(16, [(0, 0, 7)], [(0, 7, 74)], [(0, 74, 79)], [stranger, (0, 79, 80)]), whole)
 
 
+@pytest.mark.parametrize("window", [0, 100])
+def test_how_many_programs_share_a_context_does_not_show(window: int) -> None:
+    """Four partitions: of a program each, of fewer programs than that, and of one; beside a short sequence."""
+    batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.float32), 3, [200, 9])
+    steps = [[(0, 0, 199), (1, 0, 8)], [(0, 199, 200), (1, 8, 9)]]
+
+    def run(split: int, programs: int) -> torch.Tensor:
+        return batch.run(SmallTileOps(split=split, programs=programs), steps, window=window, device=DEVICE)
+
+    alone = run(0, 0)
+    assert relative_error(alone, batch.run(REFERENCE, steps, window=window)) < tolerance(torch.float32)
+    for programs in (3, 5, 7, 10**9):  # in two tiles: 2, 3, 4 and 4 share
+        assert torch.equal(run(16, programs), alone), programs
+
+
 def test_sequences_that_only_fill_a_batch_up_do_no_harm() -> None:
     """A captured graph has rows for more sequences and tokens than there are: without queries, and of length 0."""
     batch = PagedBatch.random(KVCacheSpec(1, 32, 16, torch.float32), 2, [20, 9])

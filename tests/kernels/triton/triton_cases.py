@@ -32,11 +32,14 @@ def triton_ops() -> TritonOps:
 
 class SmallTileOps(TritonOps):
     """Tiles and partitions so small that short contexts cross them. `split`: in steps of at most so many tokens
-    partitions are shared out; `fp8`: the cache keeps keys and values in 8 bits."""
+    partitions are shared out, among some `programs`; `fp8`: the cache keeps keys and values in 8 bits."""
 
-    def __init__(self, *, split: int = 0, fp8: bool = False, tiles: AttentionTiles = SMALL) -> None:
+    def __init__(
+        self, *, split: int = 0, programs: int = 10**9, fp8: bool = False, tiles: AttentionTiles = SMALL
+    ) -> None:
         super().__init__("none", 1)
         self._split = split
+        self._programs = programs
         self._fp8 = fp8
         self._tiles = tiles
 
@@ -54,7 +57,7 @@ class SmallTileOps(TritonOps):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(kv_cache, TritonKVCache)
-        min_programs = 10**9 if q.shape[0] <= self._split else 0
+        min_programs = self._programs if q.shape[0] <= self._split else 0
         return paged_attention(q, kv_cache, meta, scale, sliding_window, soft_cap, sinks, self._tiles, min_programs)
 
 
