@@ -15,8 +15,8 @@ from llmserve.kernels.ops import FP8_LARGEST
 from llmserve.kernels.triton import (
     activation,
     attention,
+    block_copier,
     embedding,
-    kv_cache,
     layer_norm,
     norm,
     packed_attention,
@@ -234,9 +234,9 @@ def kernel_cases() -> list[KernelCase]:
         ),
         KernelCase(
             "copy_blocks",
-            kv_cache.copy_blocks_kernel,
-            {"data_ptr": "*i32", "pairs_ptr": "*i64"},
-            {"SIZE": 16384, "BLOCK": 4096},
+            block_copier.copy_blocks_kernel,
+            {"sources_ptr": "*i64", "targets_ptr": "*i64", "pairs_ptr": "*i64"},
+            {"SIZE": 16384, "WORDS": 4096},
             num_warps=8,
             max_registers=64,
         ),

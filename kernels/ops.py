@@ -121,6 +121,11 @@ class KVCache(Protocol):
 
     nbytes: int
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """All that it keeps: [num_blocks, ...] each, a block in one piece of a multiple of 4 bytes. For copies of whole
+        blocks."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParameters:

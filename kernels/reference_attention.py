@@ -34,6 +34,9 @@ class DenseKVCache:
             self.v_scale = torch.ones(shape, dtype=torch.float32, device=device)
             self.nbytes += self.k_scale.nbytes + self.v_scale.nbytes
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return tuple(part for part in (self.k, self.v, self.k_scale, self.v_scale) if part is not None)
+
     def write(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """k, v [t, kv_heads, d] to slots int64 [t]."""
         for values, cache, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):

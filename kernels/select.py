@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 
 import torch
 
+from llmserve.kernels.block_copier import BlockCopier, ReferenceBlockCopier
 from llmserve.kernels.cpu.kv_cache import DTYPES, MAX_HEAD_DIM
 from llmserve.kernels.cpu.ops import create_cpu_ops
 from llmserve.kernels.moe_ops import MoEOps
@@ -63,3 +65,14 @@ def select_step_ops(ops: Ops) -> StepOps:
     from llmserve.kernels.triton.step_inputs import TritonStepOps
 
     return TritonStepOps()
+
+
+def select_block_copier(
+    ops: Ops, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], device: torch.device
+) -> BlockCopier:
+    """What copies whole blocks from one memory to another on the device of `ops`."""
+    if ops.name != "triton":
+        return ReferenceBlockCopier(sources, targets)
+    from llmserve.kernels.triton.block_copier import TritonBlockCopier
+
+    return TritonBlockCopier(sources, targets, device)

@@ -1,7 +1,7 @@
 """The block table of every live request, and the prefixes they share. Ids and counts: it never sees a tensor.
 
-Life of a request: `add`, then `match_prefix`, `allocate`, `commit` as it grows, `free` when it is preempted (after
-which it may match and allocate again), `remove` when it is over.
+Life of a request: `add`, then `match_prefix`, `allocate`, `restore`, `commit` as it grows, `free` when it is preempted
+(after which it may match and allocate again), `remove` when it is over.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmserve.kv_cache.block_pool import BlockPool
+from llmserve.kv_cache.host_tier import BlockPairs, HostTier
 from llmserve.kv_cache.prefix_cache import PrefixCache
 
 
@@ -27,14 +28,23 @@ class _RequestBlocks:
 class KVCacheManager:
     """Gives blocks to requests and takes them back; a freed block can be found by its content until it is reused."""
 
-    def __init__(self, num_blocks: int, block_size: int = 16, enable_prefix_caching: bool = True) -> None:
-        """`block_size` is in tokens. Without prefix caching nothing is hashed and nothing is ever found."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        host_tier: HostTier | None = None,
+    ) -> None:
+        """`block_size` is in tokens. Without prefix caching nothing is hashed and nothing is ever found. With a
+        `host_tier` what the device reuses can still be found there."""
         assert block_size > 0
+        assert enable_prefix_caching or host_tier is None
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(num_blocks)
+        self._host_tier = host_tier
         self._requests: dict[str, _RequestBlocks] = {}
 
     @property
@@ -65,7 +75,8 @@ class KVCacheManager:
         """The cached blocks that hold the longest known prefix of `token_ids`, never all of its tokens.
 
         At least the last token is left to compute, because its logits are wanted. Nothing is reserved: hand the
-        blocks to `allocate` before anything else is allocated. Hashes are computed up to the first miss.
+        blocks to `allocate` before anything else is allocated. Hashes are computed up to the first miss. What the host
+        keeps beyond is not returned, only pinned there: see `restore`.
         """
         if not self.enable_prefix_caching:
             return []
@@ -76,6 +87,10 @@ class KVCacheManager:
             if block_id is None:
                 break
             found.append(block_id)
+        if self._host_tier is not None:
+            for index in range(len(found), (len(token_ids) - 1) // self.block_size):
+                if not self._host_tier.pin(self._hash(request, index, token_ids)):
+                    break
         return found
 
     def allocate(
@@ -102,9 +117,29 @@ class KVCacheManager:
             request.block_ids.extend(cached_block_ids)
             request.num_committed_blocks = len(cached_block_ids)
         block_ids = pool.allocate(num_new)
+        if self._host_tier is not None:
+            self._offload(self._host_tier, block_ids)
         self._cache.evict(block_ids)
         request.block_ids += block_ids
         return block_ids
+
+    def restore(self, request_id: str, token_ids: Sequence[int]) -> int:
+        """After a request that matched was given blocks for all its tokens: those behind the cached ones get what the
+        host keeps of them, and can be found at once, for they are filled before the step reads any. Returns how many
+        tokens are computed now, cached ones included."""
+        request, tier = self._requests[request_id], self._host_tier
+        if tier is not None:
+            for index in range(request.num_committed_blocks, (len(token_ids) - 1) // self.block_size):
+                block_hash, block_id = self._hash(request, index, token_ids), request.block_ids[index]
+                if not tier.restore(block_hash, block_id):
+                    break
+                self._cache.insert(block_hash, block_id)
+                request.num_committed_blocks = index + 1
+        return request.num_committed_blocks * self.block_size
+
+    def take_pairs(self) -> tuple[BlockPairs, BlockPairs]:
+        """What the step just scheduled is to offload and to restore, see `HostTier`."""
+        return ([], []) if self._host_tier is None else self._host_tier.take_pairs()
 
     def commit(self, request_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Makes the request's full blocks findable, as far as their keys and values are computed.
@@ -131,6 +166,12 @@ class KVCacheManager:
         """Gives the request's blocks back and forgets it. What it committed can still be found."""
         self.free(request_id)
         del self._requests[request_id]
+
+    def _offload(self, tier: HostTier, block_ids: Sequence[int]) -> None:
+        for block_id in block_ids:
+            block_hash = self._cache.hash_of(block_id)
+            if block_hash is not None:
+                tier.offload(block_hash, block_id)
 
     def _hash(self, request: _RequestBlocks, index: int, token_ids: Sequence[int]) -> bytes:
         """The hash of the request's full block `index`; those before it are known."""

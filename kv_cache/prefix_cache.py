@@ -48,6 +48,10 @@ class PrefixCache:
         """The block that holds this content, in use or free."""
         return self._block_ids.get(block_hash)
 
+    def hash_of(self, block_id: int) -> bytes | None:
+        """Of the content by which the block is found, if it is."""
+        return self._block_hashes[block_id]
+
     def insert(self, block_hash: bytes, block_id: int) -> None:
         """Makes a block findable, unless another holds this content already."""
         assert self._block_hashes[block_id] is None, f"block {block_id} has a hash already"

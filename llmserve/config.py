@@ -93,6 +93,12 @@ class EngineConfig:
     max_queue_time_s: float = setting(60.0, "A request that would wait longer for its turn gets a 429; 0: none does.")
     max_num_batched_tokens: int | None = setting(None, "Token budget of a step.")
     kv_cache_memory: int | None = setting(None, "Memory for the KV cache, e.g. 2GiB.", kind="bytes")
+    kv_cache_host_memory: int = setting(
+        0,
+        "On a GPU, memory of the host that keeps blocks of the KV cache which the GPU has no more room for, e.g. 8GiB; "
+        "0: none.",
+        kind="bytes",
+    )
     gpu_memory: float | None = setting(
         None,
         "Memory of the GPU that this model may take in all: a share of the device (0.6) or an amount (40GiB). By "
@@ -125,6 +131,12 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_threads"):
             _require_at_least(self, name, 1)
         _require_at_least(self, "max_logprobs", 0)
+        _require_at_least(self, "kv_cache_host_memory", 0)
+        if self.kv_cache_host_memory and not self.enable_prefix_caching:
+            raise ConfigError(
+                "kv_cache_host_memory keeps what the prefix cache finds, and enable_prefix_caching is off: turn it on, "
+                "or leave --kv-cache-host-memory out."
+            )
         for name, least in (("max_queued_seqs", 1), ("max_queued_tokens", 1), ("max_queue_time_s", 0)):
             _require_at_least(self, name, least)
         if self.gpu_memory is not None and not self.gpu_memory > 0:

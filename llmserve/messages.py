@@ -122,6 +122,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_drafts: int = 0  # sequences that had draft tokens verified in this step
     num_draft_tokens: int = 0  # draft tokens computed in this step
     num_accepted_tokens: int = 0  # of them, those that came true
+    host_cache_hits: int = 0  # tokens restored from the host's memory in this step, after a preemption too
 
 
 class StepOutputs(msgspec.Struct, tag="step"):
@@ -166,6 +167,7 @@ class MemoryPlan(msgspec.Struct, tag="plan", kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_host_blocks: int = 0  # that the host's memory keeps beside those of the device
     graph_bytes: int = 0  # of CUDA graphs: measured, so not known before the weights are loaded
     vocab_size: int  # rows of the embedding: ids at or above it do not exist, whatever the tokenizer says
 

@@ -60,6 +60,7 @@ class ModelMetrics:
         self.prompt_tokens_cached = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
+        self.host_cache_hits = 0
         self.num_preemptions = 0
         self.num_drafts = 0
         self.num_draft_tokens = 0
@@ -103,6 +104,7 @@ class ModelMetrics:
         self.num_preemptions += stats.num_preemptions
         self.prefix_cache_queries += stats.prefix_cache_queries
         self.prefix_cache_hits += stats.prefix_cache_hits
+        self.host_cache_hits += stats.host_cache_hits
         self.num_drafts += stats.num_drafts
         self.num_draft_tokens += stats.num_draft_tokens
         self.num_accepted_tokens += stats.num_accepted_tokens
@@ -200,6 +202,7 @@ class ModelMetrics:
         yield "prompt_tokens_cached", "Prompt tokens taken from the prefix cache.", self.prompt_tokens_cached
         yield "prefix_cache_queries", "Tokens looked up in the prefix cache.", self.prefix_cache_queries
         yield "prefix_cache_hits", "Tokens found in the prefix cache.", self.prefix_cache_hits
+        yield "host_cache_hits", "Tokens restored to the KV cache from the host's memory.", self.host_cache_hits
         yield "num_preemptions", "Requests preempted for want of KV blocks.", self.num_preemptions
         yield "spec_decode_num_drafts", "Drafts (of one or more tokens) verified.", self.num_drafts
         yield "spec_decode_num_draft_tokens", "Draft tokens verified.", self.num_draft_tokens

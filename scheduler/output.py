@@ -47,3 +47,5 @@ class SchedulerOutput:
     preempted_ids: list[str] = field(default_factory=list)  # drop the block table, keep the tokens
     finished_ids: list[str] = field(default_factory=list)  # forget: finished or aborted since the last step
     draft_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    offloads: list[tuple[int, int]] = field(default_factory=list)  # (device block, host slot): all are copied, then
+    restores: list[tuple[int, int]] = field(default_factory=list)  # (host slot, device block), then the step runs

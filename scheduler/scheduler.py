@@ -130,10 +130,9 @@ class Scheduler:
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Decides the next step and counts its tokens as computed. The step must be run, and `update` be called.
 
-        A worker takes the parts of the output in this order: finished_ids, preempted_ids, then the rest.
+        A worker takes the parts of the output in this order: offloads, restores, finished_ids, preempted_ids, the rest.
         """
-        output = SchedulerOutput(finished_ids=self._finished_ids)
-        self._finished_ids = []
+        output, self._finished_ids = SchedulerOutput(finished_ids=self._finished_ids), []
         self._stats = EngineStats(0, 0, 0, self._kv_cache.num_blocks)
         num_tokens = self._budget.next_step(len(self._running))
         num_kept = self._make_way(output, num_tokens)
@@ -146,6 +145,8 @@ class Scheduler:
             self._add_drafts(self._drafter, output, num_left)
         self._stats.num_step_tokens = output.total_num_scheduled_tokens
         self._stats.num_preemptions = len(output.preempted_ids)
+        output.offloads, output.restores = self._kv_cache.take_pairs()
+        self._stats.host_cache_hits = len(output.restores) * self._kv_cache.block_size
         return output
 
     def update(self, output: SchedulerOutput, sampled: Mapping[str, list[int]]) -> list[SequenceOutput]:
@@ -244,8 +245,7 @@ class Scheduler:
         self._running.remove(request)
         self._waiting.add(request)
         request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = 0
-        request.num_slots = 0
+        request.num_computed_tokens = request.num_slots = 0
         request.num_preemptions += 1
         output.preempted_ids.append(request.request_id)
 
@@ -270,7 +270,7 @@ class Scheduler:
                 break
             waiting.remove(request)
             running.add(request)
-            request.num_computed_tokens = len(cached_block_ids) * kv_cache.block_size
+            request.num_computed_tokens = kv_cache.restore(request.request_id, request.token_ids) if may_skip else 0
             block_ids = cached_block_ids + block_ids
             request.num_slots = len(block_ids) * kv_cache.block_size
             if request.status is RequestStatus.WAITING:

@@ -28,6 +28,9 @@ class CPUKVCache:
         self.spec = spec
         self.pointer = ctypes.addressof(self._struct)
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.data,)
+
 
 def _check_spec(spec: KVCacheSpec) -> None:
     if spec.dtype not in DTYPES:

@@ -8,6 +8,7 @@ from llmserve.config import EngineConfig
 from llmserve.engine.core import EngineCore
 from llmserve.engine.flight_recorder import FlightRecorder, RecordedLauncher, RecordedRunner
 from llmserve.engine.overlap import OverlappedCore
+from llmserve.kv_cache.host_tier import HostTier
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.scheduler.adaptive_drafter import make_drafter
 from llmserve.scheduler.latency_budget import make_budget
@@ -28,8 +29,9 @@ def make_core(
     drafter = make_drafter(config.speculation)
     overlaps = isinstance(runner, GPUModelRunner) and config.async_scheduling
     settled = SettledDrafter(drafter) if overlaps and drafter is not None else None
+    host_tier = HostTier(plan.num_host_blocks) if plan.num_host_blocks else None
     scheduler = Scheduler(
-        KVCacheManager(plan.num_blocks, plan.block_size, config.enable_prefix_caching),
+        KVCacheManager(plan.num_blocks, plan.block_size, config.enable_prefix_caching, host_tier),
         policy=make_policy(config.scheduling_policy),
         budget=budget,
         max_num_seqs=plan.max_num_seqs,

@@ -78,6 +78,9 @@ def plan_table(name: str, plan: MemoryPlan) -> Table:
         format_bytes(plan.kv_cache_bytes),
         f"{plan.num_blocks} blocks of {plan.block_size} = {plan.num_tokens} tokens, {plan.kv_cache_dtype}",
     )
+    if plan.num_host_blocks:
+        tokens = plan.num_host_blocks * plan.block_size
+        table.add_row("host tier", "", f"{plan.num_host_blocks} blocks = {tokens} tokens, in the host's memory")
     table.add_row("free now", format_bytes(plan.available_bytes), "")
     limits = f"context {plan.max_model_len} tokens, {plan.max_num_seqs} sequences at once"
     table.add_row("limits", "", limits)

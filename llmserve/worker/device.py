@@ -13,6 +13,11 @@ from typing import Protocol
 
 import torch
 
+from llmserve.config import format_bytes
+from llmserve.errors import InsufficientMemoryError
+
+_MAPPED = 2  # cudaHostRegisterMapped
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
@@ -47,6 +52,11 @@ class Device(Protocol):
 
     def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros in memory of the host that copies need not be waited for with."""
+        ...
+
+    def mapped(self, num_bytes: int) -> torch.Tensor:
+        """Zeros, uint8, in memory of the host that the device's kernels read and write by themselves, for as long as
+        the process lives. Raises InsufficientMemoryError."""
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -97,6 +107,18 @@ class CudaDevice:
 
     def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(num_elements, dtype=dtype, pin_memory=True)
+
+    def mapped(self, num_bytes: int) -> torch.Tensor:
+        # Registered, not torch's `pin_memory`: that takes the next power of two, of what may be most of the memory.
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8)
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = cudart.cudaHostRegister(buffer.data_ptr(), num_bytes, _MAPPED)
+        if int(error):
+            raise InsufficientMemoryError(
+                f"The host cannot lock {format_bytes(num_bytes)} of its memory for the GPU (CUDA error "
+                f"{int(error)}). Lower --kv-cache-host-memory, or raise the limit of locked memory (ulimit -l)."
+            )
+        return buffer
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)

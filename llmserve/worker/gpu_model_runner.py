@@ -26,6 +26,7 @@ from llmserve.scheduler.output import SchedulerOutput
 from llmserve.worker.cuda_graphs import CudaGraphs, smallest_fitting, step_shapes
 from llmserve.worker.device import Device, Event
 from llmserve.worker.device_rows import DeviceRows, SamplingMode, Staged, StepShape
+from llmserve.worker.host_blocks import HostBlocks
 from llmserve.worker.input_batch import Draws, InputBatch, IntArray, StepInputs
 from llmserve.worker.model_runner import report_tokens
 from llmserve.worker.output import ModelRunnerOutput
@@ -132,6 +133,11 @@ class GPUModelRunner:
         self.kv_caches: list[KVCache] = [  # one block more than the scheduler knows: padding's
             ops.allocate_kv_cache(spec, plan.num_blocks + 1, at) for _ in range(model.num_layers)
         ]
+        self._host_blocks = (
+            HostBlocks(device, ops, self.kv_caches, plan.num_blocks, plan.num_host_blocks)
+            if plan.num_host_blocks
+            else None
+        )
         self._forward_graphs: CudaGraphs[StepShape] = CudaGraphs(device, self._forward)
         self._draw_graphs: CudaGraphs[DrawKey] = CudaGraphs(device, self._draw)
 
@@ -198,6 +204,8 @@ class GPUModelRunner:
         self.batch.apply(output)
         self.sampler.apply(output)
         self._prompts.apply(output)
+        if self._host_blocks is not None:
+            self._host_blocks.copy(output)
         if not output.num_scheduled_tokens:
             return NothingLaunched()
         assert len(self._launched) < 2

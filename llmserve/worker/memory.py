@@ -137,6 +137,7 @@ def plan_memory(
         available_bytes=free_bytes,
         block_size=config.block_size,
         num_blocks=num_blocks,
+        num_host_blocks=_num_host_blocks(config.kv_cache_host_memory, block_bytes, ops),
         num_tokens=fitting,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -173,6 +174,30 @@ def _num_blocks(config: EngineConfig, most_useful: int, block_bytes: int, left: 
         return config.kv_cache_memory // block_bytes
     most_bytes = min(int(left * _CACHE_SHARE[device_type]), _CACHE_LIMIT[device_type])
     return max(min(most_bytes // block_bytes, most_useful), 0)
+
+
+def _num_host_blocks(wanted: int, block_bytes: int, ops: Ops) -> int:
+    """Raises ConfigError where steps are not launched on a device with memory of its own, InsufficientMemoryError for
+    more than the host has."""
+    if not wanted:
+        return 0
+    if ops.name != "triton":
+        raise ConfigError(
+            f"kv_cache_host_memory keeps blocks for a GPU, and here the {ops.name} kernels run. Leave "
+            "--kv-cache-host-memory out; on a CPU give the cache more of the same memory by --kv-cache-memory."
+        )
+    left = min(_meminfo_available(), _cgroup_available())
+    if wanted > left:
+        raise InsufficientMemoryError(
+            f"kv_cache_host_memory asks for {format_bytes(wanted)} of the host's memory, but only {format_bytes(left)} "
+            "are free there. Ask for less."
+        )
+    if wanted < block_bytes:
+        raise ConfigError(
+            f"kv_cache_host_memory is {format_bytes(wanted)}, less than one block of {format_bytes(block_bytes)}. Give "
+            "it more, or leave it out."
+        )
+    return wanted // block_bytes
 
 
 def _activation_bytes(model: ModelConfig, budget: int, num_sampled: int, dtype: torch.dtype) -> int:

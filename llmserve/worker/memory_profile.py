@@ -39,7 +39,8 @@ def measure_memory(
     block_bytes = plan.kv_cache_bytes // plan.num_blocks
     device.release_cached()
     before = device.memory().free
-    trial = make_trial(msgspec.structs.replace(plan, num_blocks=1, kv_cache_bytes=block_bytes), device)
+    smallest = msgspec.structs.replace(plan, num_blocks=1, num_host_blocks=0, kv_cache_bytes=block_bytes)
+    trial = make_trial(smallest, device)
     trial.run_largest_steps()
     device.synchronize()
     steps = before - device.memory().free

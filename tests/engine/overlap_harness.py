@@ -14,6 +14,7 @@ from llmserve.config import EngineConfig
 from llmserve.engine.core import EngineCore
 from llmserve.engine.overlap import OverlappedCore
 from llmserve.kernels.select import select_step_ops
+from llmserve.kv_cache.host_tier import HostTier
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, FinishReason, SamplingParams, SequenceOutput
 from llmserve.models.llama import LlamaModel
@@ -67,6 +68,7 @@ class Life:
     """Requests, and at which step each is added or taken back."""
 
     num_blocks: int = 400
+    num_host_blocks: int = 0  # of the overlapped engine
     budget: int = 64
     policy: str = "fcfs"
     arrivals: list[tuple[int, EngineRequest]] = field(default_factory=list)
@@ -141,7 +143,12 @@ class Engines:
     ) -> OverlappedCore:
         """A step ahead, on a device that does everything as late as it may."""
         prepared = self.prepared
-        plan = msgspec.structs.replace(prepared.plan, num_blocks=life.num_blocks, max_num_batched_tokens=life.budget)
+        plan = msgspec.structs.replace(
+            prepared.plan,
+            num_blocks=life.num_blocks,
+            num_host_blocks=life.num_host_blocks,
+            max_num_batched_tokens=life.budget,
+        )
         self.device = self.open_device()
         step_ops = select_step_ops(prepared.ops)
         self.runner = GPUModelRunner(
@@ -151,7 +158,8 @@ class Engines:
         if isinstance(self.device, FakeDevice):
             self.device.counts.clear()
         settled = None if drafter is None else SettledDrafter(drafter)
-        self.manager, budget = KVCacheManager(life.num_blocks, 16), FixedBudget(life.budget)
+        host_tier = HostTier(life.num_host_blocks) if life.num_host_blocks else None
+        self.manager, budget = KVCacheManager(life.num_blocks, 16, host_tier=host_tier), FixedBudget(life.budget)
         scheduler = self._scheduler(self.manager, budget, settled, life.policy)
         return OverlappedCore(scheduler, budget, self.runner, time.monotonic, settled)
 

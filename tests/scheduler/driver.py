@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 
+from llmserve.kv_cache.host_tier import HostTier
 from llmserve.kv_cache.manager import KVCacheManager
 from llmserve.messages import EngineRequest, FinishReason, SequenceOutput
 from llmserve.scheduler.budget import FixedBudget
@@ -33,10 +34,12 @@ class Driver:
         policy: Policy | None = None,
         num_sampled: Callable[[], int] = lambda: 1,
         drafts_seed: int | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         """With a `drafts_seed` there is speculation, with drafts of which many come true."""
-        self.kv_cache = KVCacheManager(num_blocks, block_size, enable_prefix_caching)
-        self.worker = FakeWorker(num_blocks, block_size, num_sampled)
+        self.host_tier = HostTier(num_host_blocks) if num_host_blocks else None
+        self.kv_cache = KVCacheManager(num_blocks, block_size, enable_prefix_caching, self.host_tier)
+        self.worker = FakeWorker(num_blocks, block_size, num_sampled, num_host_blocks)
         self.drafter = None if drafts_seed is None else RandomDrafter(random.Random(drafts_seed), self.worker.salts)
         self.scheduler = Scheduler(
             self.kv_cache,
@@ -61,6 +64,7 @@ class Driver:
         self.finish_reasons: dict[str, FinishReason] = {}
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.num_restored_tokens = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
 
@@ -159,6 +163,8 @@ class Driver:
         assert stats.num_accepted_tokens <= stats.num_draft_tokens
         self.num_accepted_tokens += stats.num_accepted_tokens
         assert stats.prefix_cache_hits <= stats.prefix_cache_queries
+        assert stats.host_cache_hits == len(output.restores) * self.kv_cache.block_size
+        self.num_restored_tokens += stats.host_cache_hits
 
     def _take(self, update: SequenceOutput) -> None:
         request = self.requests[update.request_id]

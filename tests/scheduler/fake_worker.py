@@ -105,21 +105,34 @@ class FakeWorker:
     """Executes steps. A request with drafts keeps those that came true and samples one token more; `num_sampled` says
     how many another samples at once (from a model that gives several)."""
 
-    def __init__(self, num_blocks: int, block_size: int, num_sampled: Callable[[], int] = lambda: 1) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, num_sampled: Callable[[], int] = lambda: 1, num_host_blocks: int = 0
+    ) -> None:
         self.block_size = block_size
         self.num_sampled = num_sampled
         self.salts: dict[str, str] = {}  # the scheduler does not send them; the test fills this in
         self.sequences: dict[str, _Sequence] = {}
         self.blocks: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.host_blocks: list[list[int | None]] = [[None] * block_size for _ in range(num_host_blocks)]
 
     def block_tables(self) -> dict[str, list[int]]:
         return {i: sequence.block_ids for i, sequence in self.sequences.items() if sequence.block_ids is not None}
 
     def execute(self, output: SchedulerOutput) -> dict[str, list[int]]:
         """One step; returns the sampled tokens."""
+        self._copy(self.blocks, self.host_blocks, output.offloads)
+        self._copy(self.host_blocks, self.blocks, output.restores)
         self._apply_changes(output)
         self._write(output)  # in every layer all writes of a step come before its reads
         return self._read_and_sample(output)
+
+    def _copy(
+        self, sources: list[list[int | None]], targets: list[list[int | None]], pairs: list[tuple[int, int]]
+    ) -> None:
+        assert len({target for _, target in pairs}) == len(pairs), "two copies to one place at once"
+        for source, target in pairs:
+            assert None not in sources[source]
+            targets[target] = sources[source].copy()
 
     def _apply_changes(self, output: SchedulerOutput) -> None:
         for request_id in output.finished_ids:

@@ -25,6 +25,8 @@ CONFIGS = {
     "chunks of 7": {"num_blocks": 20, "long_prefill_token_threshold": 7},
     "blocks of one token": {"num_blocks": 80, "block_size": 1},
     "no prefix cache": {"num_blocks": 18, "enable_prefix_caching": False},
+    "host tier": {"num_blocks": 18, "num_host_blocks": 40},
+    "host tier smaller than a prompt": {"num_blocks": 30, "num_host_blocks": 5},
     "high watermark": {"num_blocks": 24, "watermark": 0.4},
 }
 
@@ -126,3 +128,4 @@ def test_random_traffic(name: str, policy_name: str, drafts: bool) -> None:
     assert name == "roomy" or driver.num_preemptions > 10
     assert (driver.num_accepted_tokens > 100) == drafts
     assert (driver.num_cached_tokens > 1000) == (name != "no prefix cache")
+    assert (driver.num_restored_tokens > 100) == ("host tier" in name)

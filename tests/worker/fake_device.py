@@ -64,6 +64,9 @@ class FakeDevice:
         self._pinned.add(buffer.untyped_storage().data_ptr())
         return buffer
 
+    def mapped(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         assert target.shape == source.shape
         to_host = target.untyped_storage().data_ptr() in self._pinned

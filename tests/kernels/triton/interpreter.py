@@ -12,6 +12,8 @@ core, and races between the threads of one program. `test_compile.py` and the te
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -202,12 +204,22 @@ class CorrectedSemantic(TritonSemantic):  # type: ignore[misc]
         return super().load(ptr, mask, other, *hints)
 
 
+@contextmanager
+def reachable(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Launches may touch these beside their arguments: they load the addresses."""
+    CheckedExecutor.by_address = tuple(tensors)
+    yield
+    CheckedExecutor.by_address = ()
+
+
 class CheckedExecutor(GridExecutor):  # type: ignore[misc]
     """Tells the builder which storages a launch may touch, and raises a fault as what it is."""
 
+    by_address: tuple[torch.Tensor, ...] = ()
+
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
         given = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in [*args_dev, *kwargs.values()]]
-        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        tensors = [value for value in [*given, *self.by_address] if isinstance(value, torch.Tensor)]
         interpreter.interpreter_builder.memory = Memory(self.fn.__name__, tensors)
         return super()._init_args_hst(args_dev, kwargs)
 

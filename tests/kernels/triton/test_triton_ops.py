@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from llmserve.kernels.ops import FP8_KV, KVCacheSpec
-from llmserve.kernels.triton.kv_cache import copy_blocks
 from tests.kernels.cpu_cases import PagedBatch, relative_error, to_device
 from tests.kernels.triton.triton_cases import DEVICE, DTYPES, REFERENCE, tolerance, triton_ops
 
@@ -68,24 +67,6 @@ def test_embedding() -> None:
     wrong = OPS.embedding(torch.tensor([3, -1, 50], device=DEVICE), table)
     assert torch.equal(wrong[0], table[3])
     assert wrong[1:].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8_KV])
-def test_blocks_are_copied_whole(dtype: torch.dtype) -> None:
-    cache = OPS.allocate_kv_cache(KVCacheSpec(3, 80, 16, dtype), 9, DEVICE)
-    cache.data.view(torch.uint8).random_(0, 120)
-    before = cache.data.clone().view(torch.uint8)
-    pairs = torch.tensor([[8, 0], [3, 5], [3, 1]], device=DEVICE)
-    if cache.scales is not None:
-        cache.scales.copy_(torch.rand(cache.scales.shape))
-        scales = cache.scales.clone()
-    copy_blocks(cache, pairs)
-    after = cache.data.view(torch.uint8)
-    untouched = [block for block in range(9) if block not in (0, 5, 1)]
-    assert torch.equal(after[untouched], before[untouched])
-    assert torch.equal(after[[0, 5, 1]], before[[8, 3, 3]])
-    if cache.scales is not None:
-        assert torch.equal(cache.scales[[0, 5, 1]], scales[[8, 3, 3]])
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
