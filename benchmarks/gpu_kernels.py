@@ -18,8 +18,10 @@ from benchmarks.gpu_products import product_rows
 from benchmarks.gpu_timing import DEVICE, seconds, share
 from benchmarks.row import Row
 from llmserve.kernels.ops import AttentionMetadata, KVCacheSpec, LogitAdjustments, SamplingTensors
+from llmserve.kernels.triton.block_copier import TritonBlockCopier
 from llmserve.kernels.triton.ops import TritonOps, create_triton_ops
 from llmserve.messages import SamplingParams
+from llmserve.worker.device import CudaDevice
 from llmserve.worker.logits_processors import AdjustmentTables
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3.1-8B
@@ -103,6 +105,26 @@ def streaming_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
     yield share("rotary + KV write, 8k tokens", 2 * qkv.nbytes + cos_sin.nbytes, took, bandwidth, "80%", "75%")
 
 
+def host_tier_rows() -> Iterator[Row]:
+    """256 scattered blocks of all 32 layers, 512 MiB, to the host's memory and back: a prompt of 4096 tokens."""
+    num_blocks, num_layers = 256, 32
+    words = 2 * KV_HEADS * 16 * HEAD_DIM // 2
+    device = [torch.zeros((2 * num_blocks, words), dtype=torch.int32, device=DEVICE) for _ in range(num_layers)]
+    size = num_blocks * words * 4
+    memory = CudaDevice(DEVICE).mapped(num_layers * size)
+    host = [piece.view(torch.int32).view(num_blocks, words) for piece in memory.split(size)]
+    slots, blocks = torch.randperm(num_blocks), torch.randperm(2 * num_blocks)[:num_blocks]
+    out = torch.stack((blocks, slots), dim=1).to(DEVICE)
+    back = out.flip(1).contiguous()
+    for name, copier, pairs in (
+        ("offload", TritonBlockCopier(device, host, DEVICE), out),
+        ("restore", TritonBlockCopier(host, device, DEVICE), back),
+    ):
+        took = seconds(partial(copier.copy, pairs))
+        result = f"{num_layers * size / took / 1e9:.0f} GB/s ({took * 1e3:.1f} ms)"
+        yield Row(f"{name} of 256 blocks, 512 MiB", "bandwidth", "40 GB/s", "45 GB/s (12 ms)", result)
+
+
 def sampling_rows(ops: TritonOps) -> Iterator[Row]:
     """64 rows of Llama 3's vocabulary. Flat: logits as random as can be, tens of thousands of tokens in the nucleus;
     peaked: a few hundred, as a model's are."""
@@ -171,4 +193,5 @@ def kernel_rows() -> Iterator[Row]:
         yield prefill_rows(ops, length)
     yield from streaming_rows(ops, bandwidth)
     yield from sampling_rows(ops)
+    yield from host_tier_rows()
     yield from product_rows(ops, bandwidth)

@@ -189,6 +189,8 @@ class GPUModelRunner:
                 if progress is not None:
                     progress(num_captured, self.num_graph_keys)
         self.run_largest_steps()
+        if self._host_blocks is not None:
+            self._host_blocks.warm_up(null_block=self.plan.num_blocks)
         self._device.synchronize()
         logger.info(
             "captured %d graphs and ran the largest step in %.1f s", self.num_graphs, time.monotonic() - started

@@ -32,6 +32,11 @@ class HostBlocks:
         self._copied: list[Event | None] = [None, None]  # out of each buffer
         self._turn = 0
 
+    @torch.inference_mode()
+    def warm_up(self, null_block: int) -> None:
+        """Both copies once, of a block that is nobody's: what is compiled by a first time is compiled."""
+        self.copy(SchedulerOutput(offloads=[(null_block, 0)], restores=[(0, null_block)]))
+
     def copy(self, output: SchedulerOutput) -> None:
         """Behind all that was launched, and before the step: all offloads, then all restores."""
         pairs = output.offloads + output.restores

@@ -67,6 +67,7 @@ def used() -> Metrics:
             num_preemptions=1,
             prefix_cache_queries=10,
             prefix_cache_hits=8,
+            host_cache_hits=6,
             num_drafts=2,
             num_draft_tokens=9,
             num_accepted_tokens=5,
@@ -118,6 +119,7 @@ def test_values(used):
     assert value("generation_tokens_total") == 4
     assert value("prompt_tokens_cached_total") == 8
     assert value("prefix_cache_hits_total") == 8
+    assert value("host_cache_hits_total") == 6
     assert value("num_preemptions_total") == 1
     assert value("spec_decode_num_drafts_total") == 2
     assert value("spec_decode_num_draft_tokens_total") == 9

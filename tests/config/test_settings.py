@@ -74,6 +74,7 @@ def test_booleans_have_a_flag_each_way() -> None:
         (["m", "--dtype", "int3"], {}, "float32, bfloat16"),
         (["m", "--quantization", "awq"], {}, "auto, none, q8_0, int8, fp8, gguf"),
         (["m", "--kv-cache-memory", "lots"], {}, "512M"),
+        (["m", "--kv-cache-host-memory", "1GiB", "--no-enable-prefix-caching"], {}, "enable_prefix_caching"),
         (["m", "--block-size", "20"], {}, "multiple of 16"),
         (["m", "--itl-slowdown", "1.0"], {}, "itl_slowdown"),
         ([], {"LLMSERVE_PORT": "x"}, "LLMSERVE_PORT"),

@@ -65,6 +65,14 @@ def test_its_words_are_those_of_the_cpu(engines: Engines, reference: Engines, se
     assert {name: said.token_ids for name, said in found.items()} == {n: s.token_ids for n, s in expected.items()}
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_its_words_are_those_of_the_cpu_with_a_host_tier(engines: Engines, reference: Engines, seed: int) -> None:
+    life = replace(random_life(seed, num_requests=12), num_blocks=14, num_host_blocks=30)
+    expected = live(reference.plain(life), life)
+    found = live(engines.overlapped(life), life)
+    assert {name: said.token_ids for name, said in found.items()} == {n: s.token_ids for n, s in expected.items()}
+
+
 @pytest.mark.parametrize("num_seqs", [1, 3, 8])
 def test_a_replayed_graph_leaves_the_bits_that_its_launches_leave(engines: Engines, num_seqs: int) -> None:
     """The last step staged, done again op by op. Its tokens were staged, not taken from rows: they can be read

@@ -29,6 +29,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         by_priority=st.booleans(),
         num_sampled=st.integers(1, 3),
         drafts_seed=st.sampled_from([None, 0, 1, 2, 3]),
+        num_host_blocks=st.sampled_from([0, 1, 3, 20]),
     )
     def start(
         self,
@@ -42,6 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         by_priority: bool,
         num_sampled: int,
         drafts_seed: int | None,
+        num_host_blocks: int,
     ) -> None:
         self.num_added = 0
         self.driver = Driver(
@@ -55,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=PriorityPolicy(ageing_s=5.0) if by_priority else FCFSPolicy(),
             num_sampled=lambda: num_sampled,
             drafts_seed=drafts_seed,
+            num_host_blocks=num_host_blocks if enable_prefix_caching else 0,
         )
 
     @rule(

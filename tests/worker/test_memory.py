@@ -55,6 +55,25 @@ def test_an_8_bit_cache_holds_nearly_twice_the_tokens_where_there_is_one(model: 
         plan_memory(config, model, WeightPlan("dense", 0), torch.bfloat16, torch.device("cpu"), ops, GIB)
 
 
+def test_a_host_tier_is_planned_in_blocks_and_only_for_a_gpu(model: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-host-memory out"):
+        plan(model, kv_cache_host_memory=GIB)
+    ops = ReferenceOps()
+    ops.name = "triton"
+
+    def of(num_bytes: int) -> int:
+        config = EngineConfig(kv_cache_host_memory=num_bytes)
+        weights, device = WeightPlan("dense", 0), torch.device("cpu")
+        return plan_memory(config, model, weights, torch.bfloat16, device, ops, 16 * GIB).num_host_blocks
+
+    assert of(0) == 0
+    assert of(7 * BLOCK_BYTES + 5) == 7
+    with pytest.raises(ConfigError, match="less than one block"):
+        of(BLOCK_BYTES - 1)
+    with pytest.raises(InsufficientMemoryError, match="kv_cache_host_memory asks for"):
+        of(2**60)
+
+
 def test_an_open_context_shrinks_to_the_cache_and_a_stated_one_is_refused(model: ModelConfig) -> None:
     assert plan(model, kv_cache_memory=100 * BLOCK_BYTES).max_model_len == 1600
     with pytest.raises(InsufficientMemoryError, match="one sequence of 4096 tokens"):

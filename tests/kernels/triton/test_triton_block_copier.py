@@ -9,10 +9,20 @@ from llmserve.kernels.block_copier import ReferenceBlockCopier
 from llmserve.kernels.ops import FP8_KV, KVCacheSpec
 from llmserve.kernels.triton.block_copier import TritonBlockCopier
 from llmserve.kernels.triton.kv_cache import TritonKVCache
+from llmserve.worker.device import CudaDevice
 from tests.kernels.triton.interpreter import KernelFault, reachable
 from tests.kernels.triton.triton_cases import DEVICE
 
 NUM_LAYERS = 3
+
+
+def mapped_memory(like: list[torch.Tensor], num_blocks: int) -> list[torch.Tensor]:
+    """On a device the host's, as the runner has it."""
+    if DEVICE.type == "cpu":
+        return [torch.zeros((num_blocks, *part.shape[1:]), dtype=part.dtype) for part in like]
+    sizes = [num_blocks * part[0].nbytes for part in like]
+    pieces = torch.split(CudaDevice(DEVICE).mapped(sum(sizes)), sizes)
+    return [p.view(part.dtype).view(num_blocks, *part.shape[1:]) for p, part in zip(pieces, like, strict=True)]
 
 
 def memory(spec: KVCacheSpec, num_blocks: int, device: torch.device) -> list[torch.Tensor]:
@@ -49,8 +59,8 @@ def test_blocks_are_copied_whole(kv_heads: int, head_dim: int, dtype: torch.dtyp
 
 def test_what_goes_and_comes_back_is_what_it_was() -> None:
     spec = KVCacheSpec(2, 64, 16, FP8_KV)
-    device, host = memory(spec, 9, DEVICE), memory(spec, 4, DEVICE)
-    before = copied(device)
+    device = memory(spec, 9, DEVICE)
+    host, before = mapped_memory(device, 4), copied(device)
     with reachable(device + host):
         TritonBlockCopier(device, host, DEVICE).copy(torch.tensor([[7, 2], [0, 3]], device=DEVICE))
         for part in device:
