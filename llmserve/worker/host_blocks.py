@@ -23,9 +23,9 @@ class HostBlocks:
         """Room for `num_slots` blocks of every layer. The caches have `num_blocks` that may be copied."""
         self._device = device
         parts = [part for cache in kv_caches for part in cache.parts()]
-        kept = _make_slots(device, parts, num_slots)
-        self._offloader = select_block_copier(ops, parts, kept, device.torch_device)
-        self._restorer = select_block_copier(ops, kept, parts, device.torch_device)
+        self.slots = _make_slots(device, parts, num_slots)
+        self._offloader = select_block_copier(ops, parts, self.slots, device.torch_device)
+        self._restorer = select_block_copier(ops, self.slots, parts, device.torch_device)
         capacity = 2 * num_blocks  # in a step each block leaves at most once, and comes at most once
         self._staged = torch.zeros((capacity, 2), dtype=torch.int64, device=device.torch_device)
         self._buffers = [device.pinned(2 * capacity, torch.int64).view(capacity, 2) for _ in range(2)]

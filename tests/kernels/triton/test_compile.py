@@ -39,6 +39,7 @@ def test_kernels_compile_for_an_h200_and_keep_their_ceilings() -> None:
         "gemm fp8",
         "gemm experts w4",
         "experts s",
+        "copy_blocks",
     )
     done = run("-m", "benchmarks.compile_kernels", "--arch", "sm_90", *(word for n in names for word in ("--only", n)))
     assert done.returncode == 0, done.stdout + done.stderr

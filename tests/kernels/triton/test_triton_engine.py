@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from llmserve.config import EngineConfig
+from llmserve.engine.assembly import make_core
 from llmserve.engine.core import EngineCore
 from llmserve.engine.overlap import OverlappedCore
 from llmserve.kernels.ops import Ops
@@ -23,8 +24,9 @@ from llmserve.scheduler.policy import make_policy
 from llmserve.scheduler.scheduler import Scheduler
 from llmserve.worker.device import CudaDevice
 from llmserve.worker.gpu_model_runner import GPUModelRunner, GraphSettings
-from llmserve.worker.loader import prepare_model
+from llmserve.worker.loader import PreparedModel, prepare_model
 from llmserve.worker.model_runner import ModelRunner
+from tests.kernels.triton.interpreter import reachable
 from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, REFERENCE, SmallTileOps
 from tests.worker.fake_device import FakeDevice
 
@@ -51,9 +53,7 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answers(path: Path, ops: Ops, budget: int, *, overlapped: bool = False) -> list[list[int]]:
-    """Tokens of a greedy and two sampled requests, prompts cut by the budget of a step. `overlapped`: a step ahead, in
-    padded graphs, their inputs made by a kernel; on a device that a test can hold up, or the real one."""
+def prepared_with(path: Path, ops: Ops) -> PreparedModel:
     config = EngineConfig(
         model=str(path),
         dtype="float32",
@@ -63,7 +63,13 @@ def answers(path: Path, ops: Ops, budget: int, *, overlapped: bool = False) -> l
         max_num_seqs=8,
         kv_cache_memory=2**22,
     )
-    prepared = replace(prepare_model(config), ops=ops)
+    return replace(prepare_model(config), ops=ops)
+
+
+def answers(path: Path, ops: Ops, budget: int, *, overlapped: bool = False) -> list[list[int]]:
+    """Tokens of a greedy and two sampled requests, prompts cut by the budget of a step. `overlapped`: a step ahead, in
+    padded graphs, their inputs made by a kernel; on a device that a test can hold up, or the real one."""
+    prepared = prepared_with(path, ops)
     tokens = FixedBudget(budget)
     scheduler = Scheduler(
         KVCacheManager(40, 16), policy=make_policy("fcfs"), budget=tokens, max_num_seqs=8, max_model_len=128
@@ -101,3 +107,40 @@ def test_the_engine_says_the_same_on_triton(tiny_qwen3: Path) -> None:
     assert answers(tiny_qwen3, SmallTileOps(), 64) == expected
     assert answers(tiny_qwen3, SmallTileOps(split=16), 16) == expected
     assert answers(tiny_qwen3, SmallTileOps(split=16), 16, overlapped=True) == expected
+
+
+def returning_answers(path: Path, num_blocks: int, num_host_blocks: int) -> tuple[list[list[int]], int]:
+    """Three prompts in turn, twice, through the assembled engine; and how many tokens were restored from the host."""
+    prepared = prepared_with(path, SmallTileOps())
+    plan = msgspec.structs.replace(
+        prepared.plan, num_blocks=num_blocks, num_host_blocks=num_host_blocks, max_num_batched_tokens=64
+    )
+    device = FakeDevice() if IS_INTERPRETED else CudaDevice(DEVICE)
+    model = prepared.load_weights()
+    runner = GPUModelRunner(
+        model, prepared.ops, TritonStepOps(), plan, prepared.dtype, device, GraphSettings(max_size=0)
+    )
+    core = make_core(replace(prepared.config, speculation="off"), runner)
+    said: list[list[int]] = []
+    num_restored = 0
+    caches = [part for cache in runner.kv_caches for part in cache.parts()]
+    with reachable(caches + (runner._host_blocks.slots if runner._host_blocks is not None else [])):
+        for number in range(6):
+            prompt = [(11 * (number % 3) + 3 * i) % 96 for i in range(50)]
+            params = SamplingParams(max_tokens=2, temperature=0.0, seed=1)
+            core.add(EngineRequest(request_id=str(number), prompt_token_ids=prompt, params=params, arrival_s=0.0))
+            said.append([])
+            while core.has_work():
+                step = core.step()
+                num_restored += step.stats.host_cache_hits
+                for output in step.outputs:
+                    said[-1] += output.token_ids
+    return said, num_restored
+
+
+def test_what_comes_back_from_the_host_is_what_was_computed(tiny_qwen3: Path) -> None:
+    expected, num_restored = returning_answers(tiny_qwen3, 40, 0)
+    assert num_restored == 0
+    found, num_restored = returning_answers(tiny_qwen3, 5, 20)
+    assert found == expected
+    assert num_restored >= 3 * 2 * 16
