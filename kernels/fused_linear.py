@@ -16,7 +16,8 @@ Gate = Literal["silu", "gelu_tanh"]
 
 
 class FusedLinear(Protocol):
-    """Shapes: t tokens, a weight of [out, in]. To the bit what the ops named give one after another."""
+    """Shapes: t tokens, a weight of [out, in]. What the ops named give one after another, rounded where they round; as
+    it is compiled, the squares of a norm may be added in another order. A row's bits do not depend on the others."""
 
     def add_rms_norm_linear(
         self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: LinearWeight

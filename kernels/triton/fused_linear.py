@@ -2,7 +2,8 @@
 
 One program a row, which it holds in registers. Against two launches one is saved, and what would be written and read
 between them: 4n bytes of a row of n in 16 bits. Bytes left: 2n + 4n + 4n + n of a norm, 4n + n of a gate. The numbers
-are rounded to x's type before they are quantised, as they would be between two launches.
+are rounded to x's type before they are quantised, as they would be between two launches, so a gate's bits are the same;
+a norm's are but for the order in which threads add squares, which follows from the width of what they store.
 """
 
 from __future__ import annotations
