@@ -15,8 +15,11 @@ from benchmarks.gpu_timing import DEVICE, seconds, share
 from benchmarks.row import Row
 from llmserve.kernels.moe_ops import Routing
 from llmserve.kernels.ops import LinearWeight
+from llmserve.kernels.triton.fused_linear import add_rms_norm_quantize, gate_quantize
 from llmserve.kernels.triton.moe import TritonMoE
 from llmserve.kernels.triton.ops import TritonOps
+from llmserve.kernels.triton.quantize import quantize
+from llmserve.kernels.triton.weights import BYTE_DTYPES
 from llmserve.kernels.weight_formats import FP8, FP8_G128, INT8, MXFP4, row_bytes
 
 _UP, _DOWN = (28672, 4096), (4096, 14336)  # Llama-3.1-8B's
@@ -86,7 +89,35 @@ def mixture_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
         yield Row(f"experts chosen and sorted, {tokens} tokens", "time", "", expected, f"{took * 1e6:.0f} us")
 
 
+def quantize_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
+    """A product's 8-bit inputs from a norm and from a gate: of one token against two launches, of 8k against bandwidth.
+
+    Predicted for one token: a launch and its wait, 2 us of 5, are gone; the gate is left to one multiprocessor, which
+    quantises its row anyway."""
+    dtype = BYTE_DTYPES[FP8 if FP8 in ops.weight_formats else INT8]
+    hidden, intermediate = _UP[1], _DOWN[1]
+    norm = torch.ones(hidden, device=DEVICE)
+    for tokens, predicted in ((1, ("60%", "65%")), (8192, ("85%", "80%"))):
+        x = torch.randn(tokens, hidden, device=DEVICE, dtype=torch.bfloat16)
+        residual = torch.randn(tokens, hidden, device=DEVICE)
+        gate_up = torch.randn(tokens, 2 * intermediate, device=DEVICE, dtype=torch.bfloat16)
+        normed = seconds(lambda x=x, residual=residual: add_rms_norm_quantize(x, residual, norm, 1e-5, dtype))
+        gated = seconds(lambda gate_up=gate_up: gate_quantize(gate_up, "silu", dtype))
+        names = f"residual + RMSNorm + quantise, {tokens} tokens", f"SiLU * mul + quantise, {tokens} tokens"
+        if tokens > 1:
+            yield share(names[0], x.numel() * (2 + 4 + 4 + 1), normed, bandwidth, "80%", predicted[0])
+            yield share(names[1], gate_up.numel() // 2 * (2 + 2 + 1), gated, bandwidth, "80%", predicted[1])
+            continue
+        apart = seconds(
+            lambda x=x, residual=residual: quantize(ops.add_rms_norm(x, residual, norm, 1e-5), dtype),
+        )
+        yield Row(names[0], "of two launches", "", predicted[0], f"{normed / apart:.0%} ({normed * 1e6:.1f} us)")
+        apart = seconds(lambda gate_up=gate_up: quantize(ops.silu_and_mul(gate_up), dtype))
+        yield Row(names[1], "of two launches", "", predicted[1], f"{gated / apart:.0%} ({gated * 1e6:.1f} us)")
+
+
 def product_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
     """All of them."""
     yield from linear_rows(ops, bandwidth)
+    yield from quantize_rows(ops, bandwidth)
     yield from mixture_rows(ops, bandwidth)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.kernel_case import ARCHITECTURES, KernelCase
-from llmserve.kernels.triton import gemm, moe, routing
+from llmserve.kernels.triton import fused_linear, gemm, moe, routing
+from llmserve.kernels.triton.norm import num_warps
 from llmserve.kernels.triton.products import partition_of
 from llmserve.kernels.triton.quantize import quantize_kernel
 from llmserve.kernels.triton.tables import GemmTiles, gemm_tiles
@@ -93,6 +94,31 @@ def _quantize(kind: str, k: int) -> KernelCase:
     )
 
 
+def _quantize_with(kind: str, hidden: int, intermediate: int) -> list[KernelCase]:
+    """A row is held in registers: 16 numbers a thread of a norm, up to 32 of a gate; 64 of the longest gate."""
+    floats = dict.fromkeys(("residual_ptr", "weight_ptr", "scale_ptr"), "*fp32")
+    types = {"x_ptr": "*bf16", "gate_up_ptr": "*bf16", "out_ptr": f"*{_X[kind]}", "eps": "fp32", **floats}
+    cases = []
+    for name, kernel, size, more in (
+        ("add_rms_norm", fused_linear.add_rms_norm_quantize_kernel, hidden, {}),
+        ("silu_and_mul", fused_linear.gate_quantize_kernel, intermediate, {"KIND": "silu"}),
+    ):
+        block = 1 << (size - 1).bit_length()
+        cases.append(
+            KernelCase(
+                f"{name} quantize {kind} {size}",
+                kernel,
+                types,
+                {"SIZE": size, "BLOCK": block, "LARGEST": 127.0 if kind == "int8" else 448.0, **more},
+                num_warps=num_warps(block),
+                max_registers=64 if block <= 16384 else 128,
+                max_shared_bytes=64 * 2**10,
+                architectures=_architectures(kind),
+            )
+        )
+    return cases
+
+
 def _add_parts(name: str, n: int, k: int, experts: int) -> KernelCase:
     parts = k // partition_of(n, k)
     constants = {"N": n, "NUM_PARTS": parts, "KIND": "int8", "HAS_BIAS": False, "BLOCK": 256}
@@ -141,6 +167,9 @@ def product_cases() -> list[KernelCase]:
         *_product("experts w4 g128", "w4", 1536, 2048, experts=128, group=128),
         _quantize("int8", 4096),
         _quantize("fp8", 4096),
+        *_quantize_with("int8", 4096, 14336),
+        *_quantize_with("fp8", 4096, 14336),
+        *_quantize_with("fp8", 8192, 28672),
         _add_parts("gemm add parts", 4096, 4096, 0),
         _add_parts("gemm add parts experts", 1536, 2048, 128),
         *_mixture(128, 8, 2048),

@@ -11,6 +11,7 @@ import torch
 from llmserve.kernels.block_copier import BlockCopier, ReferenceBlockCopier
 from llmserve.kernels.cpu.kv_cache import DTYPES, MAX_HEAD_DIM
 from llmserve.kernels.cpu.ops import create_cpu_ops
+from llmserve.kernels.fused_linear import FusedLinear, UnfusedLinear
 from llmserve.kernels.moe_ops import MoEOps
 from llmserve.kernels.ops import Ops
 from llmserve.kernels.reference import ReferenceOps
@@ -45,6 +46,17 @@ def _select_gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         logger.warning("No Triton kernels for %s with head size %d: plain torch runs, slower.", dtype, head_dim)
         return ReferenceOps()
     return ops.create_triton_ops(device)
+
+
+def select_fused_linear(ops: Ops) -> FusedLinear:
+    """What runs products together with what stands before them, beside `ops`."""
+    if ops.name != "triton":
+        return UnfusedLinear(ops)
+    from llmserve.kernels.triton.fused_linear import TritonFusedLinear
+    from llmserve.kernels.triton.ops import TritonOps
+
+    assert isinstance(ops, TritonOps)
+    return TritonFusedLinear(ops)
 
 
 def select_moe(ops: Ops) -> MoEOps:

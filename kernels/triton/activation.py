@@ -33,15 +33,21 @@ def activate_value(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def gated_values(gate_up_ptr, row, column, SIZE: tl.constexpr, KIND: tl.constexpr):
+    """float32: activation(gate) * up at some columns of a row; beyond SIZE zero."""
+    inside = column < SIZE
+    gate = tl.load(gate_up_ptr + row * 2 * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    return activate_value(gate, KIND) * up
+
+
+@triton.jit
 def gate_and_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr):
     """One program a row and `BLOCK` of its columns."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < SIZE
-    gate = tl.load(gate_up_ptr + row * 2 * SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    gated = activate_value(gate, KIND) * up
-    tl.store(out_ptr + row * SIZE + column, gated.to(out_ptr.dtype.element_ty), mask=inside)
+    gated = gated_values(gate_up_ptr, row, column, SIZE, KIND)
+    tl.store(out_ptr + row * SIZE + column, gated.to(out_ptr.dtype.element_ty), mask=column < SIZE)
 
 
 @triton.jit

@@ -14,20 +14,31 @@ _ELEMENTS_A_WARP = 512  # 16 for each thread: two loads of 16 bytes
 
 
 @triton.jit
-def rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
-):
-    """out = x * rsqrt(mean(x^2) + eps) * weight; with a residual, that of residual + x, which it stores too."""
-    column = tl.arange(0, BLOCK)
+def normed_row(
+    x_ptr, residual_ptr, weight_ptr, row, column, eps, SIZE: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """float32, zero beyond SIZE: x * rsqrt(mean(x^2) + eps) * weight; with a residual, that of residual + x, which it
+    stores too."""
     inside = column < SIZE
-    at = tl.program_id(0).to(tl.int64) * SIZE + column
+    at = row * SIZE + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + at, mask=inside, other=0.0)
         tl.store(residual_ptr + at, x, mask=inside)
     inverse_rms = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
-    tl.store(out_ptr + at, (x * inverse_rms * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    return x * inverse_rms * weight
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):
+    """Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    y = normed_row(x_ptr, residual_ptr, weight_ptr, row, column, eps, SIZE, HAS_RESIDUAL)
+    tl.store(out_ptr + row * SIZE + column, y.to(out_ptr.dtype.element_ty), mask=column < SIZE)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -28,7 +28,8 @@ from llmserve.kernels.triton.activation import activate, gate_and_mul
 from llmserve.kernels.triton.kv_cache import TritonKVCache, bytes_per_block, check_spec
 from llmserve.kernels.triton.layer_norm import layer_norm
 from llmserve.kernels.triton.logprobs import token_logprobs
-from llmserve.kernels.triton.products import multiply
+from llmserve.kernels.triton.products import multiply, multiply_rows
+from llmserve.kernels.triton.quantize import QuantizedRows
 from llmserve.kernels.triton.sampling import sample as draw
 from llmserve.kernels.triton.tables import attention_tiles, gemm_tiles, has_fp8
 from llmserve.kernels.triton.weights import PackedWeight, pack_byte_rows, pack_bytes, pack_group_rows, pack_mxfp4_rows
@@ -111,6 +112,10 @@ class TritonOps:
             bits = 32  # tensor cores do not take them
         tiles = gemm_tiles(self.architecture, bits)
         return multiply(x, weight, out_dtype or x.dtype, tiles, self._min_programs, offsets)
+
+    def multiply_quantized(self, rows: QuantizedRows, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
+        """Rows that are already of the weight's `input_dtype` [t, in] -> [t, out]."""
+        return multiply_rows(rows, weight, out_dtype, gemm_tiles(self.architecture, 8), self._min_programs)
 
     def embedding(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """An id outside the table gives a row of NaN."""

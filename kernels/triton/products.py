@@ -7,7 +7,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmserve.kernels.triton.gemm import add_parts_kernel, gemm_kernel
-from llmserve.kernels.triton.quantize import quantize
+from llmserve.kernels.triton.quantize import QuantizedRows, quantize
 from llmserve.kernels.triton.tables import GemmTiles
 from llmserve.kernels.triton.weights import PackedWeight
 
@@ -50,20 +50,34 @@ def multiply(
     min_programs: int,
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [t, k] times one matrix, or that of each row's expert, whose rows are offsets[i]:offsets[i + 1] -> [t, n].
+    """x [t, k] times one matrix, or that of each row's expert, whose rows are offsets[i]:offsets[i + 1] -> [t, n]."""
+    if weight.input_order is not None:
+        x = reorder(x, weight.input_order, offsets)
+    rows = x.contiguous() if weight.input_dtype is None else quantize(x, weight.input_dtype)
+    return multiply_rows(rows, weight, out_dtype, tiles, min_programs, offsets)
+
+
+def multiply_rows(
+    rows: torch.Tensor | QuantizedRows,
+    weight: PackedWeight,
+    out_dtype: torch.dtype,
+    tiles: tuple[GemmTiles, ...],
+    min_programs: int,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows [t, k] as the weight takes them: of its `input_dtype`, in its order of inputs.
 
     Partitions are shared out if there would be fewer than `min_programs` programs otherwise. `tiles`: from few rows to
     many. Shapes alone decide what is launched; nothing waits for the device.
     """
     assert (offsets is None) == (weight.num_experts == 0)
+    assert isinstance(rows, QuantizedRows) == (weight.input_dtype is not None)
+    x = rows.values if isinstance(rows, QuantizedRows) else rows
     num_rows, n, k = x.shape[0], weight.out_features, weight.in_features
     out = torch.empty((num_rows, n), dtype=out_dtype, device=x.device)
     if not num_rows:
         return out
-    if weight.input_order is not None:
-        x = reorder(x, weight.input_order, offsets)
-    in_bytes = weight.kind not in ("dense", "w4", "mxfp4")
-    x, x_scale = quantize(x, weight.data.dtype) if in_bytes else (x.contiguous(), out)
+    x_scale = rows.scales if isinstance(rows, QuantizedRows) else out
     tile = choose_tiles(tiles, triton.cdiv(num_rows, max(weight.num_experts, 1)))
     row_tiles = triton.cdiv(num_rows, tile.rows)
     if weight.num_experts:  # each expert's last tile may be partly empty

@@ -39,6 +39,11 @@ class PackedWeight:
         tensors = (self.data, self.scale, self.zeros, self.bias, self.input_order)
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What its inputs are quantised to; None: they stay what they are."""
+        return None if self.kind in ("dense", "w4", "mxfp4") else self.data.dtype
+
 
 def pack_bytes(dense: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> PackedWeight:
     """Any float type -> "int8" or "fp8": the largest value of an output becomes the format's largest."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from llmserve.kernels.fused_linear import FusedLinear, Gate
 from llmserve.kernels.moe_ops import ExpertWeights, MoEOps, Routing
 from llmserve.kernels.ops import AttentionMetadata, KVCache, LayerParameters, LayerStack, LinearWeight, Ops
 
@@ -29,9 +30,8 @@ class Attention:
     soft_cap: float
     sinks: torch.Tensor | None  # float32 [h]
 
-    def forward(self, x: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
-        """x [t, hidden] -> [t, hidden]; writes this step's keys and values to the cache."""
-        qkv = self.ops.linear(x, self.qkv)
+    def forward(self, qkv: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
+        """What `self.qkv` made [t, (h + 2k) * d] -> [t, hidden]; writes this step's keys and values to the cache."""
         q = self.ops.rotary_and_cache(
             qkv, self.cos_sin, kv_cache, meta, self.num_heads, self.q_norm, self.k_norm, self.eps
         )
@@ -54,8 +54,9 @@ class FeedForward(Protocol):
         """Its weights that are no matrices."""
         ...
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [t, hidden] -> [t, hidden]."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        """Adds x [t, hidden] to `residual` in place, norms that by `norm`, and returns what it makes of it [t, hidden],
+        not added yet."""
         ...
 
 
@@ -64,9 +65,10 @@ class MLP:
     """The gated feed-forward network: down(activation(gate(x)) * up(x))."""
 
     ops: Ops
+    fused: FusedLinear
     gate_up: LinearWeight  # [2 * intermediate, hidden]
     down: LinearWeight  # [hidden, intermediate]
-    activation_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    gate: Gate
 
     @property
     def linears(self) -> list[LinearWeight | ExpertWeights]:
@@ -76,8 +78,13 @@ class MLP:
     def vectors(self) -> list[torch.Tensor]:
         return []
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.linear(self.activation_and_mul(self.ops.linear(x, self.gate_up)), self.down)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        gate_up = self.fused.add_rms_norm_linear(x, residual, norm, eps, self.gate_up)
+        return self.fused.gate_linear(gate_up, self.gate, self.down)
+
+    def of_normed(self, x: torch.Tensor) -> torch.Tensor:
+        """x [t, hidden], which others read too -> [t, hidden]."""
+        return self.fused.gate_linear(self.ops.linear(x, self.gate_up), self.gate, self.down)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +113,12 @@ class MoE:
     def vectors(self) -> list[torch.Tensor]:
         return [] if self.correction_bias is None else [self.correction_bias]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        x = self.ops.add_rms_norm(x, residual, norm, eps)
         rows = self.moe_ops.route(self.ops.linear(x, self.router, torch.float32), self.routing, self.correction_bias)
         activated = self.activation_and_mul(self.moe_ops.grouped_linear(x[rows.source_rows], self.gate_up, rows))
         out = self.moe_ops.grouped_linear(activated, self.down, rows)
-        shared = None if self.shared is None else self.shared.forward(x)
+        shared = None if self.shared is None else self.shared.of_normed(x)
         logits = None if self.shared_gate is None else self.ops.linear(x, self.shared_gate, torch.float32)
         return self.moe_ops.combine_experts(out, rows, x.dtype, shared, logits)
 
@@ -120,9 +128,10 @@ class DecoderLayer:
     """Attention and MLP or mixture around a residual stream. Norm weights float32 [hidden]."""
 
     ops: Ops
+    fused: FusedLinear
     attention: Attention
     mlp: FeedForward
-    attention_norm: torch.Tensor  # before attention; the model applies it, fused with the previous layer's residual
+    attention_norm: torch.Tensor  # before attention
     mlp_norm: torch.Tensor
     post_attention_norm: torch.Tensor | None  # Gemma's: on what attention returns, before the residual
     post_mlp_norm: torch.Tensor | None
@@ -142,15 +151,15 @@ class DecoderLayer:
         return [self.attention_norm, self.mlp_norm, *here, *self.mlp.vectors]
 
     def forward(
-        self, normed: torch.Tensor, residual: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache
+        self, x: torch.Tensor, residual: torch.Tensor, meta: AttentionMetadata, kv_cache: KVCache
     ) -> torch.Tensor:
-        """normed [t, hidden] is the normed residual. Adds attention's part to `residual` in place, and returns the
-        MLP's part, for the next norm to add."""
-        attended = self.attention.forward(normed, meta, kv_cache)
+        """Adds x [t, hidden], the part of the layer before, to `residual` in place, then attention's part, and returns
+        the MLP's part, for the next norm to add."""
+        qkv = self.fused.add_rms_norm_linear(x, residual, self.attention_norm, self.eps, self.attention.qkv)
+        attended = self.attention.forward(qkv, meta, kv_cache)
         if self.post_attention_norm is not None:
             attended = self.ops.rms_norm(attended, self.post_attention_norm, self.eps)
-        normed = self.ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
-        out = self.mlp.forward(normed)
+        out = self.mlp.forward(attended, residual, self.mlp_norm, self.eps)
         if self.post_mlp_norm is not None:
             out = self.ops.rms_norm(out, self.post_mlp_norm, self.eps)
         return out
@@ -160,15 +169,13 @@ class DecoderLayer:
         attention, mlp = self.attention, self.mlp
         if not isinstance(mlp, MLP) or attention.sinks is not None:
             return None
-        gelu = mlp.activation_and_mul == self.ops.gelu_and_mul
-        assert gelu or mlp.activation_and_mul == self.ops.silu_and_mul
         return LayerParameters(
             num_heads=attention.num_heads,
             qkv=attention.qkv,
             o=attention.o,
             gate_up=mlp.gate_up,
             down=mlp.down,
-            gelu=gelu,
+            gelu=mlp.gate == "gelu_tanh",
             attention_norm=self.attention_norm,
             mlp_norm=self.mlp_norm,
             post_attention_norm=self.post_attention_norm,
@@ -196,15 +203,13 @@ class DecoderLayers:
     def __init__(self, ops: Ops, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, eps: float) -> None:
         self._ops = ops
         self._layers = layers
+        self._final_norm = final_norm
         self._eps = eps
-        # The norm that follows each layer: the next one's first, and after the last the final one.
-        self._next_norms = [layer.attention_norm for layer in layers[1:]] + [final_norm]
 
     def forward(self, embedded: torch.Tensor, meta: AttentionMetadata, kv_caches: list[KVCache]) -> torch.Tensor:
         """embedded [t, hidden], one cache a layer -> hidden states [t, hidden], final norm applied."""
-        normed = self._ops.rms_norm(embedded, self._layers[0].attention_norm, self._eps)
-        residual = embedded.to(torch.float32, copy=True)  # rounding each layer's sum is most of what bf16 loses
-        for layer, kv_cache, next_norm in zip(self._layers, kv_caches, self._next_norms, strict=True):
-            out = layer.forward(normed, residual, meta, kv_cache)
-            normed = self._ops.add_rms_norm(out, residual, next_norm, self._eps)
-        return normed
+        x = embedded
+        residual = torch.zeros_like(x, dtype=torch.float32)  # rounding each layer's sum is most of what bf16 loses
+        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
+            x = layer.forward(x, residual, meta, kv_cache)
+        return self._ops.add_rms_norm(x, residual, self._final_norm, self._eps)

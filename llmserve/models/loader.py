@@ -10,9 +10,10 @@ from functools import partial
 import torch
 
 from llmserve.errors import ModelLoadError
+from llmserve.kernels.fused_linear import Gate
 from llmserve.kernels.moe_ops import ExpertWeights, MoEOps, Routing
 from llmserve.kernels.ops import LinearWeight, Ops
-from llmserve.kernels.select import select_moe
+from llmserve.kernels.select import select_fused_linear, select_moe
 from llmserve.kernels.weight_formats import DENSE, row_bytes
 from llmserve.models.config import ModelConfig, MoEConfig, RopeConfig
 from llmserve.models.layers import MLP, Attention, DecoderLayer, MoE
@@ -31,7 +32,6 @@ from llmserve.models.parameters import (
 from llmserve.models.rope import build_cos_sin
 from llmserve.models.weights import WeightSource
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[int, int], None]  # bytes of the files read so far, bytes in all
 
 
@@ -198,16 +198,15 @@ def _load_layer(
         soft_cap=config.attention_soft_cap,
         sinks=reader.vector(f"{prefix}self_attn.sinks") if config.attention_sinks else None,
     )
-    activation_and_mul = ops.silu_and_mul if config.activation == "silu" else ops.gelu_and_mul
+    gate: Gate = "silu" if config.activation == "silu" else "gelu_tanh"
     moe = config.moe_of_layer(layer)
     # Hugging Face's "post_attention_layernorm" stands before the MLP, except where there are post-norms.
     mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     return DecoderLayer(
         ops=ops,
+        fused=select_fused_linear(ops),
         attention=attention,
-        mlp=_load_mlp(reader, ops, f"{prefix}mlp", activation_and_mul)
-        if moe is None
-        else _load_moe(reader, ops, layer, moe, activation_and_mul),
+        mlp=_load_mlp(reader, ops, f"{prefix}mlp", gate) if moe is None else _load_moe(reader, ops, layer, moe, gate),
         attention_norm=reader.norm(f"{prefix}input_layernorm.weight"),
         mlp_norm=reader.norm(f"{prefix}{mlp_norm}.weight"),
         post_attention_norm=reader.norm(f"{prefix}post_attention_layernorm.weight") if config.post_norms else None,
@@ -216,17 +215,17 @@ def _load_layer(
     )
 
 
-def _load_mlp(reader: _ParameterReader, ops: Ops, name: str, activation_and_mul: Activation) -> MLP:
+def _load_mlp(reader: _ParameterReader, ops: Ops, name: str, gate: Gate) -> MLP:
     gate_up, down = reader.linear(f"{name}.gate_up_proj"), reader.linear(f"{name}.down_proj")
-    return MLP(ops=ops, gate_up=gate_up, down=down, activation_and_mul=activation_and_mul)
+    return MLP(ops=ops, fused=select_fused_linear(ops), gate_up=gate_up, down=down, gate=gate)
 
 
-def _load_moe(reader: _ParameterReader, ops: Ops, layer: int, moe: MoEConfig, activation_and_mul: Activation) -> MoE:
+def _load_moe(reader: _ParameterReader, ops: Ops, layer: int, moe: MoEConfig, gate: Gate) -> MoE:
     experts = [expert_prefix(layer, moe, expert) for expert in range(moe.num_experts)]
     shared = f"{layer_prefix(layer)}{moe.shared_name}"
-    moe_ops, expert_activation = select_moe(ops), activation_and_mul
+    moe_ops, activation_and_mul = select_moe(ops), ops.silu_and_mul if gate == "silu" else ops.gelu_and_mul
     if moe.swiglu_limit:
-        expert_activation = partial(moe_ops.clamped_swiglu, alpha=moe.swiglu_alpha, limit=moe.swiglu_limit)
+        activation_and_mul = partial(moe_ops.clamped_swiglu, alpha=moe.swiglu_alpha, limit=moe.swiglu_limit)
     return MoE(
         ops=ops,
         moe_ops=moe_ops,
@@ -235,8 +234,8 @@ def _load_moe(reader: _ParameterReader, ops: Ops, layer: int, moe: MoEConfig, ac
         correction_bias=reader.vector(correction_bias_name(layer, moe)) if moe.has_correction_bias else None,
         gate_up=_pack_experts(reader, moe_ops, [f"{expert}gate_up_proj" for expert in experts]),
         down=_pack_experts(reader, moe_ops, [f"{expert}down_proj" for expert in experts]),
-        activation_and_mul=expert_activation,
-        shared=_load_mlp(reader, ops, shared, activation_and_mul) if moe.shared_intermediate_size else None,
+        activation_and_mul=activation_and_mul,
+        shared=_load_mlp(reader, ops, shared, gate) if moe.shared_intermediate_size else None,
         shared_gate=reader.linear(f"{shared}_gate") if moe.has_shared_gate else None,
     )
 

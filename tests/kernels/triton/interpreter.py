@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -216,6 +216,7 @@ class CheckedExecutor(GridExecutor):  # type: ignore[misc]
     """Tells the builder which storages a launch may touch, and raises a fault as what it is."""
 
     by_address: tuple[torch.Tensor, ...] = ()
+    launches: ClassVar[list[str]] = []  # names of the kernels, as they were launched
 
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
         given = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in [*args_dev, *kwargs.values()]]
@@ -224,6 +225,7 @@ class CheckedExecutor(GridExecutor):  # type: ignore[misc]
         return super()._init_args_hst(args_dev, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.launches.append(self.fn.__name__)
         try:
             with np.errstate(all="ignore"):  # infinities and NaN are data
                 super().__call__(*args, **kwargs)

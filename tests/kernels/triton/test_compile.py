@@ -35,6 +35,8 @@ def test_kernels_compile_for_an_h200_and_keep_their_ceilings() -> None:
         "attention d128 g4",
         "draw",
         "add_rms_norm 4096",
+        "add_rms_norm quantize fp8 4096",
+        "silu_and_mul quantize fp8 14336",
         "rotary d128 fp8",
         "gemm fp8",
         "gemm experts w4",
