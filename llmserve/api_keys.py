@@ -95,7 +95,7 @@ class ApiKeys:
         tenants: dict[bytes, Tenant] = {}
         by_name: dict[str, Tenant] = {}
         for position, entry in enumerate(read_key_file(self._path)):
-            tenant = _tenant(entry, f"{self._path}: keys[{position}]", self._by_name)
+            tenant = read_tenant(entry, f"{self._path}: keys[{position}]", self._by_name)
             blinded = self._blinded(entry["sha256"].lower())
             if tenant.name in by_name or blinded in tenants:
                 raise ConfigError(f"{self._path}: the key {tenant.name!r} stands there twice.")
@@ -120,7 +120,7 @@ def read_key_file(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _tenant(entry: dict[str, Any], where: str, known_tenants: Mapping[str, Tenant]) -> Tenant:
+def read_tenant(entry: dict[str, Any], where: str, known_tenants: Mapping[str, Tenant]) -> Tenant:
     """Raises ConfigError. What a known tenant has used, and what is left of its limits, stays with it."""
     if unknown := sorted(entry.keys() - set(_FIELDS)):
         raise ConfigError(f"{where}: unknown field {unknown[0]!r}. Known are {', '.join(_FIELDS)}.")

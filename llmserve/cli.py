@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from llmserve.settings import add_setting_flags
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if all went well, 1 after an error that is explained in one line, 2 for a wrong command line."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(_unknown(unknown[0], args.parser))
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -29,16 +33,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmserve", description="Serve language models and the models around them.")
     parser.add_argument("--version", action="version", version=f"llmserve {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="serve models over HTTP"))
-    _add_chat(commands.add_parser("chat", help="chat with a running server"))
-    _add_bench(commands.add_parser("bench", help="measure any OpenAI-compatible server"))
-    _add_models(commands.add_parser("models", help="list the models that are embedded, cached and loadable"))
-    _add_keys(commands.add_parser("keys", help="make an API key"))
-    _add_pull(commands.add_parser("pull", help="fetch a model without serving it"))
+    for name, text, add in (
+        ("serve", "serve models over HTTP", _add_serve),
+        ("chat", "chat with a running server", _add_chat),
+        ("bench", "measure any OpenAI-compatible server", _add_bench),
+        ("models", "list the models that are embedded, cached and loadable", _add_models),
+        ("keys", "make an API key", _add_keys),
+        ("pull", "fetch a model without serving it", _add_pull),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)  # --api-key is not short for --api-keys
+        command.set_defaults(parser=command)
+        add(command)
     return parser
 
 
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    flag = argument.partition("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(flag, known, 1)
+    return f"unknown argument {flag!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "llmserve serve [MODEL ...] [flags]"  # a hundred flags are in `--help`, with what they mean
     parser.description = "Serve one or more LLMs. Every flag is also a TOML key (--config) and LLMSERVE_<NAME>."
     parser.add_argument(
         "models",

@@ -169,9 +169,12 @@ class _Server:
             for folder in self._general.hugging_face_folders:
                 entry = ModelConfigEntry(model=str(folder), engine=self._config.engine)
                 await start(self._open(entry, resolve_model(entry.model)))
-        names = [llm.name for llm in self._models.llms] + self._general.names
+        v1 = [llm.name for llm in self._models.llms] + list(self._general.pooling.names)
+        only_v2 = [name for name in self._general.names if name not in v1]
         scheme = "https" if self._config.door.tls_certificate else "http"
-        self._display.ready(f"{scheme}://{host}:{port}", general.result(), names, time.monotonic() - self._started)
+        self._display.ready(
+            f"{scheme}://{host}:{port}", general.result(), v1, only_v2, time.monotonic() - self._started
+        )
 
     def _http_server(self, on_signal: Callable[[], object]) -> _HttpServer:
         general = self._general

@@ -58,6 +58,11 @@ class ApiContext:
         if name is None:
             name = self.models.default
         if name is None:
+            if not self.models.names:
+                raise InvalidRequestError(
+                    "No language model is served here. Name one when you start the server: `llmserve serve MODEL`.",
+                    "model",
+                )
             listed = ", ".join(repr(known) for known in self.models.names)
             raise InvalidRequestError(f"'model' is required where several models are served: {listed}.", "model")
         if name in self.pooling.names and name not in self.models.names:

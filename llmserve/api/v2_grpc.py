@@ -76,7 +76,8 @@ class GrpcServer:
                 self.port = self._server.add_secure_port(f"{host}:{self.port}", self._credentials)
         except RuntimeError as error:
             raise ConfigError(
-                f"Cannot listen on {host}:{self.port} for gRPC: {error}. Choose another --grpc-port."
+                f"Cannot listen on {host}:{self.port} for gRPC: the port is taken, or not this machine's. Choose "
+                "another --grpc-port; 0 takes any."
             ) from error
         await self._server.start()
 

@@ -53,9 +53,10 @@ class StartupDisplay:
         with _progress(self._console) as progress:
             yield LoadingDisplay(progress)
 
-    def ready(self, url: str, grpc: str | None, names: list[str], seconds: float) -> None:
-        """The line people wait for. `grpc` is the address of gRPC, if there is any."""
-        served = ", ".join(names) or "nothing yet"
+    def ready(self, url: str, grpc: str | None, names: list[str], only_v2: list[str], seconds: float) -> None:
+        """The line people wait for. `grpc` is the address of gRPC, if there is any; `only_v2` are models that `/v1`
+        does not serve."""
+        served = (", ".join(names) or "no model yet") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
         also = f" gRPC: {grpc}." if grpc else ""
         self._console.print(
             f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}.{also} Docs: {url}/docs",

@@ -1,0 +1,39 @@
+"""The command line: what it does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmserve.cli import main
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--max-model-length", "--max-model-len"), ("--gpu-memory-utilization=0.9", "--gpu-memory"), ("--prot", "--port")],
+)
+def test_an_unknown_flag_points_to_the_one_that_was_meant(
+    flag: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", flag])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"unknown argument '{flag.split('=')[0]}'. Did you mean '{meant}'?\n")
+
+
+def test_a_flag_is_not_short_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM's --api-key holds a key, --api-keys names a file."""
+    with pytest.raises(SystemExit):
+        main(["serve", "--api-key", "sk-123"])
+    assert "unknown argument '--api-key'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--weight", "-1"), ("--share", "3"), ("--tokens-per-minute", "-5")])
+def test_no_key_is_made_that_the_server_would_not_take(
+    flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys.toml"
+    assert main(["keys", str(path), "me", flag, value]) == 1
+    assert "must be a number from" in capsys.readouterr().err
+    assert not path.exists()
