@@ -8,6 +8,7 @@ within the drain time, then the engines end. A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -171,6 +172,8 @@ class _Server:
                 await start(self._open(entry, resolve_model(entry.model)))
         v1 = [llm.name for llm in self._models.llms] + list(self._general.pooling.names)
         only_v2 = [name for name in self._general.names if name not in v1]
+        gc.collect()
+        gc.freeze()  # what stays for good is not gone through again while streams wait
         scheme = "https" if self._config.door.tls_certificate else "http"
         self._display.ready(
             f"{scheme}://{host}:{port}", general.result(), v1, only_v2, time.monotonic() - self._started

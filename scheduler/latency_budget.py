@@ -18,7 +18,8 @@ _GAIN = 0.2  # share of a new observation: a change of load is followed within s
 _MAX_JUMP = 3.0  # one slow step (another process had the core) counts for at most this factor
 _PROBE_STEPS = 64  # mixed steps in a row after which one measures decodes alone
 _FEW_TOKENS = 8  # prompt tokens that do not lengthen a step
-_MIN_CHUNK = 32  # prompt tokens a step always has room for: below it a step's fixed cost is mostly waste
+_MIN_CHUNK = 16  # prompt tokens a step always has room for, or a prompt would never be computed
+_TELLING_CHUNK = 32  # prompt tokens below which a step without decodes says more of its fixed cost than of a token's
 
 
 class LatencyBudget:
@@ -50,7 +51,7 @@ class LatencyBudget:
             self._decode_s = _follow(self._decode_s, duration_s)
             self._num_mixed = 0
         elif not num_decode_tokens or not self._decode_s:
-            if num_prompt_tokens >= _MIN_CHUNK:  # of fewer, the fixed cost of a step is most of what is seen
+            if num_prompt_tokens >= _TELLING_CHUNK:
                 self._token_s = _follow(self._token_s, duration_s / num_prompt_tokens)
         else:
             self._num_mixed += 1

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 FAILED_STATUS = 1  # exit status of a process that has said why: its last message is a LoadFailed
 _PR_SET_PDEATHSIG = 1
+_FRESH_S = 0.001  # so long what was read is taken to be all there is: looking again costs as much as a small model
 
 
 class ServerLink:
@@ -55,6 +56,7 @@ class ServerLink:
         self._inbox: deque[tuple[ToModel, memoryview]] = deque()
         self._changed = threading.Condition()
         self._is_read = False  # by some thread, now
+        self._read_s = 0.0  # when it was read last
         self._ended = False
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
@@ -62,7 +64,7 @@ class ServerLink:
     def receive(self) -> tuple[ToModel, memoryview] | None:
         """Waits for the next message; None when the server has gone."""
         with self._changed:
-            if self._inbox and not self._ended:
+            if self._inbox and not self._ended and time.monotonic() - self._read_s > _FRESH_S:
                 self._read(0.0)  # it has waited here: it may have been cancelled meanwhile
             while not self._inbox and not self._ended:
                 self._read(None)
@@ -100,6 +102,7 @@ class ServerLink:
         finally:
             self._changed.acquire()
             self._is_read = False
+            self._read_s = time.monotonic()
             self._changed.notify_all()
         if frames is None:
             self._ended = True

@@ -7,6 +7,7 @@ own thread, so a hung loop sends none.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -130,6 +131,7 @@ def run_engine(build: BuildCore) -> int:
         core, ready = build(launch, send, FlightRecorder(launch.recorder_fd))
         loop = EngineLoop(core, inbox, send, launch.server_pid)
         signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain=True))
+        gc.freeze()  # of what loading has left a collection would take a tenth of a second, in the middle of a step
         send(ready)
         loop.run()
     except LLMServeError as error:

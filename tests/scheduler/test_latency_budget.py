@@ -58,7 +58,7 @@ def test_the_share_of_prompts_holds_when_every_step_is_mixed_and_the_batch_grows
     machine.decode_s = 0.040  # four times the streams: no step is without a prompt any more
     chunks = [machine.step(budget, 32, 10**6)[0] for _ in range(1500)]
     budgeted = [chunk for chunk in chunks[1:] if chunk > 1]  # 1: the prompts left out, to measure decodes alone
-    assert min(budgeted) >= 32
+    assert min(budgeted) >= 16
     assert budgeted[-1] == pytest.approx(0.040 / 0.0004, rel=0.25)
 
 
