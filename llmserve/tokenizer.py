@@ -173,6 +173,11 @@ class Tokenizer:
             variables=chat_template_kwargs or {},
         )
 
+    def warm_up(self) -> None:
+        """Makes what all detokenizers share: tens of milliseconds that the first requests would wait for."""
+        for skip_special_tokens in (True, False):
+            self.detokenizer(skip_special_tokens=skip_special_tokens)
+
     @cached_property
     def _byte_table(self) -> ByteTable | None:
         return build_byte_table(self._backend, self.special_token_ids)

@@ -75,7 +75,8 @@ class LLM:
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> EngineReady:
         """Loads the model. Raises what keeps it from running."""
-        ready = await self.engine.start(on_plan, on_progress)
+        started = self.engine.start(on_plan, on_progress)
+        ready, _ = await asyncio.gather(started, asyncio.to_thread(self.tokenizer.warm_up))
         self.max_model_len = ready.plan.max_model_len
         self._admission.max_running = ready.plan.max_num_seqs
         plan = ready.plan
