@@ -20,7 +20,7 @@ from uvicorn.server import ServerState
 Part = bytes | bytearray | memoryview
 HeaderList = Sequence[tuple[bytes, bytes]]
 _SMALL_BYTES = 65536  # of a body; up to here a copy is cheaper than one more write to the socket
-_MAX_DIGITS = 20  # of a length; the parser takes any number of leading zeros, and int() does not
+MAX_LENGTH_DIGITS = 20  # of a length; the parser takes any number of leading zeros, and int() does not
 
 
 class DirectHandler(Protocol):
@@ -197,7 +197,7 @@ class HttpProtocol(HttpToolsProtocol):
             direct is not None
             and (self.cycle is None or self.cycle.response_complete)
             and length.isdigit()
-            and len(length) <= _MAX_DIGITS
+            and len(length) <= MAX_LENGTH_DIGITS
             and int(length) <= _SMALL_BYTES
             and not self.flow.write_paused
             and parser.get_http_version() == "1.1"

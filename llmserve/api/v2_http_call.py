@@ -14,6 +14,7 @@ from types import TracebackType
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from llmserve.api.http_protocol import MAX_LENGTH_DIGITS
 from llmserve.api.v2_errors import MalformedRequestError, error_kind, error_text
 from llmserve.api.v2_settings import V2HttpSettings
 from llmserve.errors import (
@@ -28,7 +29,6 @@ JSON = b"application/json"
 OCTETS = b"application/octet-stream"
 TEXT = b"text/plain"
 CLIENT_CLOSED_REQUEST = 499
-_MAX_DIGITS = 20
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _JOIN_BELOW_BYTES = 65536  # up to here a copy is cheaper than one more write to the socket
 _WATCH_AFTER_S = 0.05  # quicker requests are over before anyone would notice that their client has gone
@@ -92,7 +92,7 @@ class HttpCall:
         if encoding and encoding not in (b"identity", b"gzip", b"deflate"):
             raise InferenceError("Unsupported compression type", InferenceError.UNSUPPORTED)
         declared = self.headers.get(b"content-length", b"")
-        if declared.isdigit() and len(declared) <= _MAX_DIGITS:  # one of more is mostly zeros
+        if declared.isdigit() and len(declared) <= MAX_LENGTH_DIGITS:  # one of more is mostly zeros
             check_size(int(declared), limit)
         message = await self._receive_body()
         body: bytes = message.get("body", b"")

@@ -51,12 +51,9 @@ class GraphSettings:
     lazily: bool = False
 
     @classmethod
-    def of(cls, config: EngineConfig, is_capturable: bool) -> GraphSettings:
-        """What the settings say of a model whose step a graph can hold, or cannot."""
-        if not is_capturable and not config.enforce_eager:
-            logger.warning("this model's experts are computed without graphs: its steps are launched op by op, slower")
-        wanted = is_capturable and not config.enforce_eager
-        return cls(max_size=MAX_GRAPH_SIZE if wanted else 0, lazily=config.cuda_graph_capture == "lazy")
+    def of(cls, config: EngineConfig) -> GraphSettings:
+        """What the settings say."""
+        return cls(max_size=0 if config.enforce_eager else MAX_GRAPH_SIZE, lazily=config.cuda_graph_capture == "lazy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

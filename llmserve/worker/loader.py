@@ -12,8 +12,7 @@ from llmserve.config import EngineConfig
 from llmserve.errors import ConfigError
 from llmserve.kernels.cpu.ops import CPUOps, usable_cores
 from llmserve.kernels.ops import Ops
-from llmserve.kernels.reference_moe import ReferenceMoE
-from llmserve.kernels.select import select_moe, select_ops, select_step_ops
+from llmserve.kernels.select import select_ops, select_step_ops
 from llmserve.messages import MemoryPlan
 from llmserve.models.config import ModelConfig, read_model_config
 from llmserve.models.llama import LlamaModel
@@ -70,9 +69,7 @@ class PreparedModel:
     ) -> GPUModelRunner:
         """The runner of a device that is not waited for, warm. `open_device` is called once for the runner by which
         memory is measured, and once for that which stays: their graphs share nothing."""
-        # What torch's own mixture of experts does is decided on the host, token by token: no graph can hold that.
-        is_capturable = self.model_config.moe is None or not isinstance(select_moe(self.ops), ReferenceMoE)
-        settings = GraphSettings.of(self.config, is_capturable)
+        settings = GraphSettings.of(self.config)
         step_ops = select_step_ops(self.ops)
 
         def make(plan: MemoryPlan, device: Device) -> GPUModelRunner:
@@ -104,6 +101,11 @@ def prepare_model(config: EngineConfig) -> PreparedModel:
     """Reads the model's description and plans. Raises ConfigError, ModelLoadError, InsufficientMemoryError."""
     device = choose_device(config.device)
     if device.type == "cpu":
+        if config.gpu_memory is not None:
+            raise ConfigError(
+                "gpu_memory is a GPU's, and this model runs on the CPU. Leave --gpu-memory out; --kv-cache-memory says "
+                "how much the KV cache may take."
+            )
         torch.set_num_threads(config.num_threads or usable_cores())
     path = Path(config.model)
     model_config = read_model_config(path)

@@ -57,11 +57,6 @@ def usable_bytes(gpu_memory: float | None, device: torch.device, free: int, tota
     """Bytes one model may take in all, by `EngineConfig.gpu_memory`, of a device's `free` and `total`; a CPU's are all.
     Raises InsufficientMemoryError if that much is not free: others on the device have taken it."""
     if device.type == "cpu":
-        if gpu_memory is not None:
-            raise ConfigError(
-                "gpu_memory is a GPU's, and this model runs on the CPU. Leave --gpu-memory out; --kv-cache-memory says "
-                "how much the KV cache may take."
-            )
         return free
     if gpu_memory is None:
         return int(free * _GPU_SHARE)

@@ -13,7 +13,8 @@ from llmserve.errors import ConfigError, InsufficientMemoryError
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.messages import MemoryPlan
 from llmserve.models.config import ModelConfig, read_model_config
-from llmserve.worker.memory import WeightPlan, available_bytes, cache_dtype, plan_memory, usable_bytes
+from llmserve.worker.loader import prepare_model
+from llmserve.worker.memory import WeightPlan, available_bytes, cache_dtype, plan_memory
 
 GIB = 2**30
 BLOCK_BYTES = 2 * 16 * 3 * 64 * 2 * 30  # SmolLM2-135M in bf16: keys and values of 16 tokens in 30 layers
@@ -113,6 +114,6 @@ def test_a_plan_is_plain_data(model: ModelConfig) -> None:
     assert not dataclasses.is_dataclass(result)
 
 
-def test_a_share_of_a_gpu_is_refused_on_a_cpu() -> None:
+def test_a_share_of_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--gpu-memory"):
-        usable_bytes(0.5, torch.device("cpu"), 2**30, 2**30)
+        prepare_model(EngineConfig(model=str(tmp_path), device="cpu", gpu_memory=0.5))
