@@ -15,7 +15,7 @@ import time
 
 import uvloop
 
-from benchmarks.door_load import Answer, Load, ask, quantile, running
+from benchmarks.door_load import Answer, Load, ask, quantile, running, settle
 
 NUM_SEATS, NUM_CLIENTS = 16, 64
 # Written down before the first run, on two idle cores.
@@ -37,6 +37,7 @@ async def client(port: int, key: str, number: int, seconds: float) -> list[tuple
 
 async def measure(seconds: float) -> None:
     print(f"predicted: {PREDICTED}", flush=True)
+    settle()
     with running(Load(max_num_seqs=NUM_SEATS, max_queue_time_s=0.0)) as (port, keys):
         runs = await asyncio.gather(*(client(port, keys["quiet"], number, seconds) for number in range(NUM_CLIENTS)))
     answers = [pair for run in runs for pair in run]

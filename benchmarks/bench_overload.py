@@ -15,7 +15,7 @@ import time
 
 import uvloop
 
-from benchmarks.door_load import Answer, Load, ask, quantile, running
+from benchmarks.door_load import Answer, Load, ask, quantile, running, settle
 
 NUM_PROMPT, NUM_OUTPUT = 64, 64
 QUEUE_S = 2.0
@@ -62,6 +62,7 @@ async def flood(port: int, key: str, rate: float, seconds: float) -> tuple[list[
 
 async def measure(seconds: float, times: float) -> None:
     load = Load(max_queue_time_s=QUEUE_S)
+    settle()
     with running(load) as (port, keys):
         await peak(port, keys["flood"], load.max_num_seqs, 2)
         peak_rate = await peak(port, keys["flood"], load.max_num_seqs, min(seconds, 10))

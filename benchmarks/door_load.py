@@ -7,6 +7,7 @@ without a client library's own work.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -74,10 +75,17 @@ async def serve(load: Load, keys: Path) -> None:
     config = entrance.http_config(create_app(models, ApiSettings(), metrics, entrance=entrance), 1.0)
     config.host, config.port = "127.0.0.1", 0
     server = uvicorn.Server(config)
+    settle()
     listener = config.bind_socket()
     print(listener.getsockname()[1], flush=True)
     await server.serve(sockets=[listener])
     await llm.shutdown(5.0)
+
+
+def settle() -> None:
+    """As `llmserve serve` does once its models are there: no collection goes through again what stays for good."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

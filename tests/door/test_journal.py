@@ -71,6 +71,15 @@ def test_a_slow_request_is_explained_longest_part_first() -> None:
     assert "without reaching a model" in explain(RequestContext(route="/v1/x"), 3.0)
 
 
+def text_of(log: Path, num_lines: int) -> str:
+    """What it holds once it has so many lines: the last one is written after its answer was read."""
+    until_s = time.monotonic() + 10
+    while (text := log.read_text()).count("\n") < num_lines:
+        assert time.monotonic() < until_s, text
+        time.sleep(0.01)
+    return text
+
+
 def test_every_request_has_one_line_and_none_holds_what_was_said(serve_guarded: ServeGuarded, tmp_path: Path) -> None:
     log = tmp_path / "requests.jsonl"
     key = write_keys(tmp_path / "keys.toml", alice="")["alice"]
@@ -84,7 +93,7 @@ def test_every_request_has_one_line_and_none_holds_what_was_said(serve_guarded: 
         client.get("/health")
     with served.client("sk-wrong-key") as client:
         client.get("/v1/models", headers={"X-Request-Id": "c"})
-    text = log.read_text()
+    text = text_of(log, 3)
     lines = [json.loads(entry) for entry in text.splitlines()]
     assert [(entry["id"], entry["key"], entry["status"], entry["error"]) for entry in lines] == [
         ("a", "alice", 200, None),
