@@ -3,7 +3,8 @@
     python -m benchmarks.bench_deadline [--seconds 15]
 
 Measured at the client, from its timeout after sending to the last byte of the answer: so connecting, and the client's
-own turn on the cores that both share, are in it. Half of the requests wait for a seat when their time is over.
+own turn on the cores that both share, are in it. The clients begin one after the other within a second: a burst of them
+would measure how long the server takes to read all their requests, as a deadline counts from when one is read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ async def client(port: int, key: str, number: int, seconds: float) -> list[tuple
     """(answer, seconds late) of each request of one client, one after the other."""
     random_ = random.Random(number)
     end_s = time.perf_counter() + seconds
+    await asyncio.sleep(random_.random())
     late = []
     while time.perf_counter() < end_s:
         timeout_s = round(random_.uniform(0.1, 0.8), 3)

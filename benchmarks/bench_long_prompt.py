@@ -17,7 +17,7 @@ import httpx
 from benchmarks.bench_end_to_end import NUM_STREAMS, interference, running_server
 
 # Written down before the first run.
-PREDICTED = "p99 2.3 times the quiet one, of the 2 times that `--itl-slowdown` allows a step"
+PREDICTED = "p99 2.0 times the quiet one, of the 2 times that `--itl-slowdown` allows a step"
 
 
 async def measure(url: str, rounds: int) -> None:

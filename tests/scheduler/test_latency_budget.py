@@ -11,17 +11,19 @@ from llmserve.scheduler.latency_budget import LatencyBudget
 
 
 class Machine:
-    """A machine whose steps take decode_s + token_s * prompt tokens, give or take `noise`."""
+    """A machine whose steps take decode_s + token_s * prompt tokens, give or take `noise`, or `mixed_noise`."""
 
-    def __init__(self, decode_s: float, token_s: float, noise: float = 0.0) -> None:
-        self.decode_s, self.token_s, self.noise = decode_s, token_s, noise
+    def __init__(self, decode_s: float, token_s: float, noise: float = 0.0, mixed_noise: float | None = None) -> None:
+        self.decode_s, self.token_s = decode_s, token_s
+        self.noise, self.mixed_noise = noise, noise if mixed_noise is None else mixed_noise
         self._source = random.Random(1)
 
     def step(self, budget: LatencyBudget, num_decoding: int, prompt_left: int) -> tuple[int, float]:
         """(prompt tokens computed, seconds) of a step with a prompt of `prompt_left` tokens beside the decodes."""
         running = num_decoding + (1 if prompt_left else 0)
         chunk = min(budget.next_step(running) - num_decoding, prompt_left)
-        seconds = (self.decode_s + self.token_s * chunk) * (1 + self._source.uniform(-self.noise, self.noise))
+        noise = self.mixed_noise if chunk > 1 else self.noise
+        seconds = (self.decode_s + self.token_s * chunk) * (1 + self._source.uniform(-noise, noise))
         budget.observe(num_decoding + chunk, chunk, num_decoding, seconds)
         return chunk, seconds
 
@@ -58,8 +60,30 @@ def test_the_share_of_prompts_holds_when_every_step_is_mixed_and_the_batch_grows
     machine.decode_s = 0.040  # four times the streams: no step is without a prompt any more
     chunks = [machine.step(budget, 32, 10**6)[0] for _ in range(1500)]
     budgeted = [chunk for chunk in chunks[1:] if chunk > 1]  # 1: the prompts left out, to measure decodes alone
-    assert min(budgeted) >= 16
+    assert min(budgeted[300:]) >= 16  # by then decodes have been measured alone a few times
     assert budgeted[-1] == pytest.approx(0.040 / 0.0004, rel=0.25)
+
+
+def test_a_prompt_so_dear_that_its_chunks_are_tiny_is_not_taken_for_decodes() -> None:
+    machine = Machine(decode_s=0.010, token_s=0.0015)  # deep in a context
+    budget = LatencyBudget(2048, 2.0)
+    budget.observe(500, 500, 8, 0.25)
+    for _ in range(30):
+        machine.step(budget, 8, 0)
+    steps = [machine.step(budget, 8, 10**6) for _ in range(400)][200:]
+    assert max(chunk for chunk, _ in steps) <= 8
+    assert max(seconds for _, seconds in steps) <= 0.0225
+
+
+def test_slow_steps_stay_within_what_was_allowed_of_slow_steps() -> None:
+    """The noise of mixed steps is twice that of decodes alone: their mean must be lower than allowed."""
+    machine = Machine(decode_s=0.010, token_s=0.0002, noise=0.2, mixed_noise=0.4)
+    budget = LatencyBudget(2048, 2.0)
+    budget.observe(500, 500, 8, 0.1)
+    quiet = sorted(machine.step(budget, 8, 0)[1] for _ in range(1000))
+    beside = sorted(machine.step(budget, 8, 10**6)[1] for _ in range(3000))
+    assert beside[2850] <= 2.0 * quiet[970]
+    assert sum(beside) / len(beside) >= 1.5 * 0.010  # and prompts go on
 
 
 def test_no_step_is_given_more_than_the_maximum_or_less_than_its_requests() -> None:
