@@ -5,6 +5,7 @@ Knows no route. HTTP and gRPC each get their door here, over the same gatekeeper
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from llmserve.api_keys import ApiKeys
 from llmserve.config import DoorConfig
 from llmserve.metrics import Metrics
 from llmserve.request_context import RequestContext
+
+logger = logging.getLogger(__name__)
 
 _CORS_HEADERS = (
     *("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"),
@@ -99,9 +102,13 @@ class Entrance:
             pass_on(context, parent)
 
     def _end(self, context: RequestContext) -> None:
-        self._journal.record(context)
-        if self._tracer is not None:
-            self._tracer.end(context)
+        """Whoever answers calls this last; what goes wrong with the books costs a line of them, and no answer."""
+        try:
+            self._journal.record(context)
+            if self._tracer is not None:
+                self._tracer.end(context)
+        except Exception:
+            logger.exception("the end of request %s could not be written down", context.request_id)
 
     def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
         """For the HTTP server."""
