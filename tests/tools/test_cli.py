@@ -29,6 +29,14 @@ def test_a_flag_is_not_short_for_another(capsys: pytest.CaptureFixture[str]) -> 
     assert "unknown argument '--api-key'" in capsys.readouterr().err
 
 
+def test_an_unknown_variable_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMSERVE_PROT", "8001")
+    assert main(["serve", "--config", "nowhere.toml"]) == 1
+    assert "LLMSERVE_PROT is no setting, and is ignored. Did you mean LLMSERVE_PORT?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--weight", "-1"), ("--share", "3"), ("--tokens-per-minute", "-5")])
 def test_no_key_is_made_that_the_server_would_not_take(
     flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
