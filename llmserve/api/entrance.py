@@ -24,6 +24,7 @@ from llmserve.api.tracing import Tracer, open_tracer, pass_on, read_traceparent
 from llmserve.api.v2_grpc_door import GrpcDoor
 from llmserve.api_keys import ApiKeys
 from llmserve.config import DoorConfig
+from llmserve.http_metrics import HttpMetrics
 from llmserve.metrics import Metrics
 from llmserve.request_context import RequestContext
 
@@ -49,6 +50,7 @@ class Entrance:
         self._journal = Journal(config.request_log, config.slow_request_s)
         self._tracer = tracer or (open_tracer() if config.otel else None)
         self._direct: DirectHandler | None = None
+        self._http_metrics = HttpMetrics() if metrics is None else metrics.http
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
@@ -112,4 +114,4 @@ class Entrance:
 
     def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
         """For the HTTP server."""
-        return http_config(app, self._config, self._tls, drain_timeout_s, self._direct)
+        return http_config(app, self._config, self._tls, drain_timeout_s, self._http_metrics, self._direct)
