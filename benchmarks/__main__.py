@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 
 MODULES = (
     "bench_scheduler",  # host cost of a step
@@ -26,10 +28,15 @@ MODULES = (
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The number of benchmarks that failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; by default all of them: {', '.join(MODULES)}")
+    names = parser.parse_args(argv).names
+    if unknown := sorted(set(names) - set(MODULES)):
+        parser.error(f"there is no benchmark {unknown[0]!r} here. Choose of {', '.join(MODULES)}.")
     failed = 0
-    for module in MODULES:
+    for module in names or MODULES:
         print(f"\n== {module}", flush=True)
         failed += subprocess.run([sys.executable, "-m", f"benchmarks.{module}"], check=False).returncode != 0
     return failed

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import uvloop
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from benchmarks.needs import psutil
 from llmserve.backends import transport
 from llmserve.backends.general import GeneralModel
 from llmserve.errors import DeadlineExceededError

@@ -13,10 +13,10 @@ import asyncio
 import time
 from collections import Counter
 
-import psutil
 import uvloop
 
 from benchmarks.door_load import Load, ask, quantile, running
+from benchmarks.needs import psutil
 from llmserve.api.http_server import raise_file_limit
 
 BURST = 250

@@ -16,8 +16,7 @@ import signal
 import statistics
 import time
 
-import psutil
-
+from benchmarks.needs import psutil
 from llmserve.config import EngineConfig
 from llmserve.engine.processes import ENGINE_COMMAND, STANDBY_COMMAND, EngineProcesses
 from llmserve.engine.supervision import SupervisionSettings

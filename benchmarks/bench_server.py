@@ -22,10 +22,10 @@ import sys
 import time
 from typing import Any
 
-import psutil
 import uvicorn
 import uvloop
 
+from benchmarks.needs import psutil
 from llmserve.api.app import create_app
 from llmserve.api.settings import ApiSettings
 from llmserve.config import EngineConfig, ModelConfigEntry, ServerConfig

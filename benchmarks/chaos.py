@@ -27,8 +27,8 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 
+from benchmarks.needs import psutil
 from llmserve.engine.launch import PROCESS_NAME
 
 MODEL = "smollm2-135m-instruct"

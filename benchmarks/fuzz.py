@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
-import psutil
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+
+from benchmarks.needs import psutil
 
 CHAT, EMBEDDER = "smollm2-135m-instruct", "all-minilm-l6-v2"
 ANSWER_S = 20.0  # a request may take so long, on a machine that does other things too

@@ -69,8 +69,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is imported: it warns at every child
         from llmserve.serve import serve
-        from llmserve.settings import load_serve_config
+        from llmserve.settings import load_serve_config, unknown_variables
 
+        for told in unknown_variables():
+            print(f"llmserve: {told}", file=sys.stderr)
         return serve(load_serve_config(vars(args)))
 
     parser.set_defaults(run=run)

@@ -143,6 +143,9 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory must be a share (0.6) or an amount (40GiB), not {self.gpu_memory}.")
         for name in ("device", "dtype", "quantization", "kv_cache_dtype", "speculation", "cuda_graph_capture"):
             _require_choice(self, name)
+        for name in ("gpu_memory", "kv_cache_host_memory"):
+            if self.device == "cpu" and getattr(self, name):
+                raise ConfigError(f"{name} is for models on a GPU, and device is 'cpu'. Leave one of them out.")
         if self.block_size < 16 or self.block_size % 16:
             raise ConfigError(f"block_size must be a multiple of 16, not {self.block_size}.")
         if self.itl_slowdown != 0 and not 1.1 <= self.itl_slowdown <= 1000:

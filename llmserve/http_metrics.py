@@ -1,10 +1,10 @@
-"""Requests over HTTP by route. Knows no route itself: who serves one names it."""
+"""Requests over HTTP by route, and connections. Knows no route itself: who serves one names it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from llmserve.histogram import Histogram
 
@@ -17,6 +17,8 @@ class HttpMetrics:
     def __init__(self) -> None:
         self.requests: dict[tuple[str, str, str], int] = {}  # (handler, method, status class as in "2xx")
         self.duration_s: dict[tuple[str, str], Histogram] = {}  # (handler, method)
+        self.num_connections = 0  # open now
+        self.refused: dict[str, int] = {}  # connections that the server has ended, by the code of the reason
 
     def observe(self, handler: str, method: str, status: int, duration_s: float) -> None:
         """One request, its last byte sent. `handler` is a route's template, never a path: the labels stay few."""
@@ -26,6 +28,10 @@ class HttpMetrics:
         if histogram is None:
             histogram = self.duration_s[handler, method] = Histogram(_HTTP_S)
         histogram.observe(duration_s)
+
+    def refuse(self, reason: str) -> None:
+        """A connection is ended for a reason that no route knows of."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1
 
     def collect(self) -> Iterator[Metric]:
         """The metric families, for a scrape."""
@@ -39,5 +45,14 @@ class HttpMetrics:
         )
         for labels, histogram in self.duration_s.items():
             durations.add_metric(list(labels), histogram.cumulative(), histogram.total)
+        refused = CounterMetricFamily(
+            "http_connections_refused",
+            "Connections ended by the server: too many, too slow, too large, or no HTTP.",
+            labels=["reason"],
+        )
+        for reason, count in self.refused.items():
+            refused.add_metric([reason], count)
         yield requests
         yield durations
+        yield GaugeMetricFamily("http_connections", "Open connections.", value=self.num_connections)
+        yield refused

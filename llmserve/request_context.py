@@ -67,7 +67,7 @@ class RequestContext:
     deadline_s: float | None = None  # when the answer is no longer wanted
     on_deadline: Callable[[float], None] | None = None  # moves the timer that ends the request
     status: int = 0  # of the answer, as HTTP has it
-    is_complete: bool = False  # its last byte is on its way: nothing can be said behind it
+    is_complete: bool = False  # all of the answer is there, if not sent: no deadline can pass, and nothing comes behind
     error: str = ""  # the code of the error it was answered with
     model: str = ""
     completion_id: str = ""

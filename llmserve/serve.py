@@ -8,6 +8,7 @@ within the drain time, then the engines end. A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import signal
@@ -50,6 +51,7 @@ def serve(config: ServeConfig) -> int:
     )
     display = StartupDisplay(Console(stderr=True))
     raise_file_limit()
+    _check_devices(config)
     listener = _listen(config.server.host, config.server.port)
     with listener:
         return uvloop.run(_Server(config, listener, display).run())
@@ -61,6 +63,7 @@ class _Server:
         self._listener = listener
         self._display = display
         self._metrics = Metrics(vllm_names=config.server.vllm_metrics)
+        self._entrance = Entrance(config.door, self._metrics)  # its keys and files are looked at before models are
         self._models = ServedModels()
         server = config.server
         self._processes = EngineProcesses(standby_command=STANDBY_COMMAND if server.standby_engine else None)
@@ -74,7 +77,6 @@ class _Server:
         pooling = [(entry, source) for entry, source in sources if is_pooling_folder(source.path)]
         if (default := self._embedding_model()) is not None:
             pooling.append((ModelConfigEntry(model=default.name), default))
-        self._entrance = Entrance(config.door, self._metrics)
         self._llms = LanguageModels(self._models, self._reopen, server.drain_timeout_s)
         self._general = GeneralModels(
             config.repository, server, self._models, self._llms, self._api, self._entrance, _by_name(pooling)
@@ -183,6 +185,22 @@ class _Server:
         general = self._general
         app = create_app(self._models, self._api, self._metrics, general.plane, general.pooling, self._entrance)
         return _HttpServer(self._entrance.http_config(app, self._config.server.drain_timeout_s), on_signal)
+
+
+def _check_devices(config: ServeConfig) -> None:
+    """What an engine would say of a machine without a GPU, before anything is fetched or loaded. Raises ConfigError."""
+    engines = (config.engine, *(entry.engine for entry in config.models))
+    if any(engine.device == "cuda" for engine in engines) and not _has_gpu_driver():
+        raise ConfigError("device is 'cuda', but this machine has no driver of a GPU. Use --device cpu, or install it.")
+
+
+def _has_gpu_driver() -> bool:
+    """NVIDIA's, or AMD's, which torch calls cuda too; torch itself is too long in coming to be asked."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def _by_name(pooling: list[tuple[ModelConfigEntry, ModelSource]]) -> dict[str, Path]:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import tomllib
 import types
 import typing
@@ -32,6 +33,9 @@ from llmserve.config import (
 from llmserve.errors import ConfigError
 
 ENV_PREFIX = "LLMSERVE_"
+_OTHER_VARIABLES = ("API_KEY", "CACHE", "CONFIG", "MODELS")  # no settings, but read by us
+# What Kubernetes tells every pod of a Service called llmserve; its LLMSERVE_PORT is a URL.
+_SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?")
 _SECTIONS: dict[str, type] = {
     "server": ServerConfig,
     "door": DoorConfig,
@@ -61,12 +65,13 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_serve_config(args: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServeConfig:
     """`args` are the parsed flags (`models`: list, `served_model_name`: list or None). Raises ConfigError."""
-    path = args.get("config") or environ.get(ENV_PREFIX + "CONFIG")
+    variables = _own_variables(environ)
+    path = args.get("config") or variables.get("CONFIG")
     file_values, file_models = _read_toml(Path(path)) if path else ({}, [])
     values = dict(file_values)
     for name in _all_names():
-        if (variable := ENV_PREFIX + name.upper()) in environ:
-            values[name] = _convert(name, environ[variable], f"environment variable {variable}")
+        if (variable := name.upper()) in variables:
+            values[name] = _convert(name, variables[variable], f"environment variable {ENV_PREFIX}{variable}")
         if name in args:
             values[name] = _convert(name, args[name], "flag --" + name.replace("_", "-"))
     server = ServerConfig(**{name: values[name] for name in setting_names(ServerConfig) if name in values})
@@ -74,13 +79,34 @@ def load_serve_config(args: Mapping[str, Any], environ: Mapping[str, str] = os.e
     repository = RepositoryConfig(**{name: values[name] for name in setting_names(RepositoryConfig) if name in values})
     base = {name: values[name] for name in setting_names(EngineConfig) if name in values}
     flags = {name: base[name] for name in base if name in args}  # a flag also overrides a model's own table
-    named = list(args.get("models") or environ.get(ENV_PREFIX + "MODELS", "").split())
+    named = list(args.get("models") or variables.get("MODELS", "").split())
     tables = [{"model": name} for name in named] if named else file_models
     if not tables and not repository.model_repository:
         tables = [{"model": ""}]  # the embedded default
     entries = tuple(_entry(table, base, flags) for table in tables)
     served = _with_served_names(entries, args.get("served_model_name"))
     return ServeConfig(server=server, door=door, repository=repository, engine=EngineConfig(**base), models=served)
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What to say of each variable that looks like a setting and is none."""
+    known = [*map(str.upper, _all_names()), *_OTHER_VARIABLES]
+    told = []
+    for name in sorted(_own_variables(environ).keys() - set(known)):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {ENV_PREFIX}{close[0]}?" if close else ""
+        told.append(f"the environment variable {ENV_PREFIX}{name} is no setting, and is ignored.{hint}")
+    return told
+
+
+def _own_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """By their names without the prefix."""
+    own = {key.removeprefix(ENV_PREFIX): value for key, value in environ.items() if key.startswith(ENV_PREFIX)}
+    return {
+        name: value
+        for name, value in own.items()
+        if not _SERVICE_LINK.fullmatch(name) or (name == "PORT" and "://" not in value)
+    }
 
 
 def _with_served_names(entries: tuple[ModelConfigEntry, ...], served: list[str] | None) -> tuple[ModelConfigEntry, ...]:

@@ -77,14 +77,17 @@ class DynamicBatcher:
         request.arrival_s = now_s
         request.found_idle = instance_idle and not self._queued
         if timeout_s := level.policy.timeout_s(request.timeout_s):
-            heapq.heappush(self._deadlines, (now_s + timeout_s, request.id))
+            request.due_s = now_s + timeout_s
+            heapq.heappush(self._deadlines, (request.due_s, request.id))
         self._queued[request.id] = request
         level.add(request)
 
     def put_back(self, requests: list[QueuedRequest]) -> None:
-        """Requests of a batch that was never executed: each is the next of its level again, in their order. A time-out
-        that they had is theirs no more."""
+        """Requests of a batch that was never executed: each is the next of its level again, in their order, and has
+        the time that is left of its own."""
         for request in reversed(requests):
+            if request.due_s:
+                heapq.heappush(self._deadlines, (request.due_s, request.id))  # a second time, it may be
             self._queued[request.id] = request
             self._levels[request.level].add_first(request)
 
@@ -108,8 +111,9 @@ class DynamicBatcher:
         rejected: list[QueuedRequest] = []
         while self._deadlines and self._deadlines[0][0] <= now_s:
             request = self._queued.get(heapq.heappop(self._deadlines)[1])
-            if request is None:
+            if request is None or not request.due_s:
                 continue
+            request.due_s = 0.0
             level = self._levels[request.level]
             if level.policy.delay_expired:
                 level.delay(request)

@@ -26,6 +26,7 @@ class QueuedRequest:
     # set when it is queued
     level: int = 0
     arrival_s: float = 0.0
+    due_s: float = 0.0  # when its time runs out; 0: never, or it has
     found_idle: bool = False  # nothing was queued and an instance was free when it came: it never pays the delay
 
 

@@ -71,7 +71,9 @@ DOORS = {
     "llmserve.api.v2_http": "the v2 HTTP handlers",
     "llmserve.api.v2_http_direct": "the v2 HTTP handler that comes past them",
     "llmserve.api.v2_grpc_service": "the gRPC interceptor",
+    "llmserve.api.entrance": "the books of a request, which are no part of its answer",
     "llmserve.engine.loop": "the engine's loop",
+    "llmserve.backends.instance": "the reader of what a model process says, on the event loop",
     "llmserve.backends.backend_runner": "a model process's loop, which runs other people's code",
 }
 # Waits for a point in time that are the purpose of the code, not a poll.

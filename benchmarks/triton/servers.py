@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import psutil
+
+from benchmarks.needs import psutil
 
 PYTRITON = "nvidia-pytriton==0.7.0"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 20.0

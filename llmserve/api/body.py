@@ -18,6 +18,8 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 async def read_json_body(request: Request, max_body_bytes: int) -> bytes:
     """The body, not looked at yet. Raises UnsupportedMediaTypeError, RequestTooLargeError."""
+    if not _has_body(request):
+        return b""
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json" and not (
@@ -35,6 +37,8 @@ def decode_object(body: bytes) -> dict[str, Any]:
     msgspec's decoder is strict where Python's is lenient: no NaN, no Infinity, no lone surrogates, UTF-8 only, and a
     bounded depth. Raises InvalidRequestError.
     """
+    if not body.strip():
+        raise InvalidRequestError("The request has no body. Send a JSON object; /docs shows what it holds.")
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
@@ -46,6 +50,11 @@ def decode_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequestError(f"The body must be a JSON object, not {_json_type(value)}.")
     return value
+
+
+def _has_body(request: Request) -> bool:
+    """Whether one is announced: of what is not there, no type can be asked."""
+    return request.headers.get("content-length", "0").strip("0") != "" or "transfer-encoding" in request.headers
 
 
 async def _read(request: Request, max_body_bytes: int) -> bytes:

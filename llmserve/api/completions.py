@@ -18,14 +18,19 @@ from llmserve.api.context import ApiContext, json_response
 from llmserve.api.generations import MergedGeneration, PromptOnlyGeneration
 from llmserve.api.logprobs import CompletionLogprobs, prompt_logprobs
 from llmserve.api.protocol import CompletionRequest
-from llmserve.api.sampling import Wanted, build_spec, check_request, check_token_ids, tokenize_bad_words
+from llmserve.api.sampling import (
+    COMPLETION_MAX_TOKENS,
+    Wanted,
+    build_spec,
+    check_request,
+    check_token_ids,
+    tokenize_bad_words,
+)
 from llmserve.api.serving import run_stream, run_whole
 from llmserve.backends.generation import Generation, GenerationDelta, GenerationSpec, TextGenerator
 from llmserve.errors import InvalidRequestError
 from llmserve.messages import TokenLogprobs
 from llmserve.tokenizer import Tokenizer
-
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ def _wanted(request: CompletionRequest) -> Wanted:
     return Wanted(
         max_tokens=request.max_tokens,
         max_tokens_param="max_tokens",
-        default_max_tokens=_DEFAULT_MAX_TOKENS,
+        default_max_tokens=COMPLETION_MAX_TOKENS,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )

@@ -6,16 +6,19 @@ What `asyncio.timeout` does; but one that is never set, as most are not, costs n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 
 
 class Deadline:
-    """Cancels the task inside it when its time comes; leaving it then raises TimeoutError."""
+    """Cancels the task inside it when its time comes; leaving it then raises TimeoutError. Not if `is_met` then says
+    that what had to be done has been."""
 
-    __slots__ = ("_cancelling", "_task", "_timer", "passed")
+    __slots__ = ("_cancelling", "_is_met", "_task", "_timer", "passed")
 
-    def __init__(self) -> None:
+    def __init__(self, is_met: Callable[[], bool] = lambda: False) -> None:
         self.passed = False
+        self._is_met = is_met
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0  # requests to cancel the task that are not ours
         self._timer: asyncio.TimerHandle | None = None
@@ -44,5 +47,6 @@ class Deadline:
 
     def _pass(self) -> None:
         assert self._task is not None
-        self.passed = True
-        self._task.cancel()
+        if not self._is_met():
+            self.passed = True
+            self._task.cancel()

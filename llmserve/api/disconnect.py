@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from llmserve.request_context import current_request
+
 T = TypeVar("T")
 
 
@@ -26,9 +28,10 @@ async def run_until_disconnect(
 
     The body must have been read, so that `receive` has nothing left to tell but the disconnect. `on_idle` is called
     after `idle_s` seconds and then whenever the seconds it returns have passed. However this ends, `work` has left its
-    contexts when it does. Raises ClientDisconnectedError, or what `work` raises.
+    contexts when it does; once it has returned, no deadline comes between it and its answer. Raises
+    ClientDisconnectedError, or what `work` raises.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(_completed(work))
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
         while True:
@@ -43,8 +46,15 @@ async def run_until_disconnect(
         gone.cancel()
         task.cancel()
         await asyncio.wait((task, gone))
+        work.close()  # it may not even have begun
         if not task.cancelled():
             task.exception()  # seen: of what fails while it is being cancelled, nobody is left to be told
+
+
+async def _completed(work: Coroutine[Any, Any, T]) -> T:
+    result = await work
+    current_request().is_complete = True
+    return result
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -114,7 +114,7 @@ class Door:
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         """Raises DeadlineExceededError once the request's time is up; whatever it had started has been left then."""
         context = answer.context
-        deadline = Deadline()
+        deadline = Deadline(lambda: context.is_complete)
         try:
             with deadline:
                 context.on_deadline = deadline.move
@@ -169,6 +169,7 @@ class _Answer:
         headers = list(message["headers"])
         names = dict(headers)  # in lower case, as ASGI has them
         self._is_stream = names.get(b"content-type", b"").startswith(b"text/event-stream")
+        context.is_complete = not self._is_stream  # all of it is there, and how long the client reads is its own affair
         if self._keeps_id:
             headers = [pair for pair in headers if pair[0] != b"x-request-id"]
         own = answer_headers(context)

@@ -5,6 +5,7 @@ Knows no route. HTTP and gRPC each get their door here, over the same gatekeeper
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from llmserve.api.tracing import Tracer, open_tracer, pass_on, read_traceparent
 from llmserve.api.v2_grpc_door import GrpcDoor
 from llmserve.api_keys import ApiKeys
 from llmserve.config import DoorConfig
+from llmserve.http_metrics import HttpMetrics
 from llmserve.metrics import Metrics
 from llmserve.request_context import RequestContext
+
+logger = logging.getLogger(__name__)
 
 _CORS_HEADERS = (
     *("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"),
@@ -46,6 +50,7 @@ class Entrance:
         self._journal = Journal(config.request_log, config.slow_request_s)
         self._tracer = tracer or (open_tracer() if config.otel else None)
         self._direct: DirectHandler | None = None
+        self._http_metrics = HttpMetrics() if metrics is None else metrics.http
         if keys is not None and metrics is not None:
             metrics.register(TenantMetrics(keys), lambda: b"")
 
@@ -99,10 +104,14 @@ class Entrance:
             pass_on(context, parent)
 
     def _end(self, context: RequestContext) -> None:
-        self._journal.record(context)
-        if self._tracer is not None:
-            self._tracer.end(context)
+        """Whoever answers calls this last; what goes wrong with the books costs a line of them, and no answer."""
+        try:
+            self._journal.record(context)
+            if self._tracer is not None:
+                self._tracer.end(context)
+        except Exception:
+            logger.exception("the end of request %s could not be written down", context.request_id)
 
     def http_config(self, app: ASGIApp, drain_timeout_s: float) -> uvicorn.Config:
         """For the HTTP server."""
-        return http_config(app, self._config, self._tls, drain_timeout_s, self._direct)
+        return http_config(app, self._config, self._tls, drain_timeout_s, self._http_metrics, self._direct)

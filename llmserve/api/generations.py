@@ -28,8 +28,8 @@ class MergedGeneration:
         self._n = n
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        # who does not take this one's news takes none of theirs
-        self._queue: asyncio.Queue[list[GenerationDelta] | Exception | None] = asyncio.Queue(_MAX_UNTAKEN)
+        self._room = asyncio.Semaphore(_MAX_UNTAKEN)  # who does not take this one's news takes none of theirs
+        self._queue: asyncio.Queue[list[GenerationDelta] | asyncio.Task[None]] = asyncio.Queue()
         self._num_running = 0
 
     async def __aenter__(self) -> Self:
@@ -37,7 +37,9 @@ class MergedGeneration:
             generations = [await stack.enter_async_context(start()) for start in self._starts]
             self._stack = stack.pop_all()
         for position, generation in enumerate(generations):
-            self._tasks.append(asyncio.create_task(self._forward(generation, position * self._n)))
+            task = asyncio.create_task(self._forward(generation, position * self._n))
+            task.add_done_callback(self._queue.put_nowait)  # behind all that it has brought, however it ends
+            self._tasks.append(task)
         self._num_running = len(self._tasks)
         return self
 
@@ -47,7 +49,7 @@ class MergedGeneration:
         for task in self._tasks:
             task.cancel()
         async with self._stack:
-            await asyncio.wait(self._tasks)
+            await asyncio.gather(*self._tasks, return_exceptions=True)  # of several failures the reader heard the first
 
     def __aiter__(self) -> AsyncIterator[list[GenerationDelta]]:
         return self
@@ -56,26 +58,22 @@ class MergedGeneration:
         deltas: list[GenerationDelta] = []
         while self._num_running and (not deltas or not self._queue.empty()):
             news = await self._queue.get()
-            if news is None:
+            if isinstance(news, asyncio.Task):
                 self._num_running -= 1
-            elif isinstance(news, Exception):
-                raise news
+                news.result()
             else:
+                self._room.release()
                 deltas += news
         if not deltas:
             raise StopAsyncIteration
         return deltas
 
     async def _forward(self, generation: Generation, offset: int) -> None:
-        """Errors travel through the queue: a task's own exception would be seen only when all is over."""
-        try:
-            async for deltas in generation:
-                for delta in deltas:
-                    delta.index += offset
-                await self._queue.put(deltas)
-            await self._queue.put(None)
-        except LLMServeError as error:
-            await self._queue.put(error)
+        async for deltas in generation:
+            for delta in deltas:
+                delta.index += offset
+            await self._room.acquire()
+            self._queue.put_nowait(deltas)
 
 
 class PromptOnlyGeneration:

@@ -18,6 +18,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from llmserve.api.http_protocol import DirectHandler, HttpProtocol
+from llmserve.http_metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ class ConnectionLimits:
 class LimitedConnections:
     """Makes the connections of one server: what uvicorn takes for a protocol class."""
 
-    def __init__(self, limits: ConnectionLimits, direct: DirectHandler | None = None) -> None:
+    def __init__(self, limits: ConnectionLimits, metrics: HttpMetrics, direct: DirectHandler | None = None) -> None:
         self._limits = limits
+        self._metrics = metrics
         self._direct = direct
 
     def __call__(
@@ -47,7 +49,7 @@ class LimitedConnections:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> LimitedConnection:
-        return LimitedConnection(config, server_state, app_state, _loop, self._limits, self._direct)
+        return LimitedConnection(config, server_state, app_state, _loop, self._limits, self._metrics, self._direct)
 
 
 class LimitedConnection(HttpProtocol):
@@ -61,10 +63,12 @@ class LimitedConnection(HttpProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None,
         limits: ConnectionLimits,
+        metrics: HttpMetrics,
         direct: DirectHandler | None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop, direct)
         self._limits = limits
+        self._metrics = metrics
         self._reading: TimerHandle | None = None
         self._writing: TimerHandle | None = None
         self._num_header_bytes = 0
@@ -76,6 +80,7 @@ class LimitedConnection(HttpProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection; one too many is told so, and closed."""
         super().connection_made(transport)
+        self._metrics.num_connections += 1
         limit = self._limits.max_connections
         if limit and len(self.connections) > limit:
             self._refuse(503, f"There are {limit} connections already. Try again later.", "too_many_connections")
@@ -84,6 +89,7 @@ class LimitedConnection(HttpProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """No timer outlives it."""
+        self._metrics.num_connections -= 1
         self._stop_reading()
         self._stop_writing()
         super().connection_lost(exc)
@@ -174,17 +180,20 @@ class LimitedConnection(HttpProtocol):
 
     def _reader_late(self) -> None:
         self._writing = None
+        self._metrics.refuse("slow_reader")
         logger.info("a client did not read for %g s: its connection is closed", self._limits.send_timeout_s)
         self.transport.abort()  # closing would wait for it to read
 
     def _refuse_body(self, status: int, message: str, code: str) -> None:
         if self.cycle is not None and self.cycle.response_started:
+            self._metrics.refuse(code)
             self.transport.close()  # it has been answered without its body
         else:
             self._refuse(status, message, code)
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answers past the application, and closes."""
+        self._metrics.refuse(code)
         kind = "server_error" if status >= 500 else "invalid_request_error"
         error = {"message": message, "type": kind, "param": None, "code": code}
         body = msgspec.json.encode({"error": error})

@@ -13,6 +13,7 @@ from llmserve.api.http_connection import ConnectionLimits, LimitedConnections
 from llmserve.api.http_protocol import DirectHandler
 from llmserve.api.tls import TlsFiles
 from llmserve.config import DoorConfig
+from llmserve.http_metrics import HttpMetrics
 
 _SPARE_FILES = 256  # descriptors for engines, models and files
 
@@ -23,10 +24,15 @@ def open_tls(door: DoorConfig) -> TlsFiles | None:
 
 
 def http_config(
-    app: ASGIApp, door: DoorConfig, tls: TlsFiles | None, drain_timeout_s: float, direct: DirectHandler | None
+    app: ASGIApp,
+    door: DoorConfig,
+    tls: TlsFiles | None,
+    drain_timeout_s: float,
+    metrics: HttpMetrics,
+    direct: DirectHandler | None,
 ) -> uvicorn.Config:
-    """For `uvicorn.Server`. `direct` answers what need not go through `app`."""
-    connections = LimitedConnections(connection_limits(door), direct)
+    """For `uvicorn.Server`. `direct` answers what need not go through `app`; connections are counted in `metrics`."""
+    connections = LimitedConnections(connection_limits(door), metrics, direct)
     config = uvicorn.Config(
         app,
         http=connections,  # type: ignore[arg-type]  # it is called as a class would be

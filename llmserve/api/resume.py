@@ -85,6 +85,11 @@ class ResumableStream:
         self._chunks.clear()
         self._on_gone()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether what there is goes to its end; no error follows."""
+        return self._has_ended and self._error is None
+
     async def next(self, reader: StreamReader) -> bytes:
         """The events behind those that `reader` has; empty at the end. Raises what the generation raised."""
         while True:
@@ -169,6 +174,8 @@ class StreamReader:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while events := await self._stream.next(self):
+            if self._stream.is_over:
+                current_request().is_complete = True
             yield events
 
 

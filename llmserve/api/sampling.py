@@ -18,6 +18,7 @@ from llmserve.errors import InvalidRequestError
 from llmserve.messages import SamplingParams
 from llmserve.request_context import current_request
 
+COMPLETION_MAX_TOKENS = 16  # of an answer that is no chat: OpenAI's default, and vLLM's
 _GREEDY_BELOW = 1e-5  # logits divided by less would overflow; vLLM draws the line at the same place
 _SEED_MASK = 2**63 - 1
 _HOTTEST = 1e6  # beyond it every token is as likely as any other

@@ -1,7 +1,8 @@
 """An LLM as a v2 model: `text_input` in, `text_output` out, whole or as a stream. Knows no route and no engine.
 
 Its inputs are those of Triton's vLLM backend. Every other parameter of `/v1/completions` (temperature, stop, seed, ...)
-is a parameter of the request, checked the same way; one that is unknown is an error.
+is a parameter of the request, checked the same way and with the same default (16 tokens, as the vLLM backend has it
+too); one that is unknown is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from llmserve.api.generations import raise_if_failed
 from llmserve.api.prompts import tokenize_text
 from llmserve.api.protocol import CompletionRequest
-from llmserve.api.sampling import Wanted, build_spec, check_request, tokenize_bad_words
+from llmserve.api.sampling import COMPLETION_MAX_TOKENS, Wanted, build_spec, check_request, tokenize_bad_words
 from llmserve.api.settings import ApiSettings
 from llmserve.api.v2_tensors import decode_values, encode_values
 from llmserve.api.validation import parse_request
@@ -125,7 +126,11 @@ class LanguageModel:
             raise InvalidRequestError(f"'{refused[0]}' is not available here: use /v1/completions.", refused[0])
         prompt: str = inputs["text_input"]
         completion = parse_request(CompletionRequest, {**values, "prompt": prompt, "model": self.name})
-        wanted = Wanted(max_tokens=completion.max_tokens, max_tokens_param="max_tokens")
+        wanted = Wanted(
+            max_tokens=completion.max_tokens,
+            max_tokens_param="max_tokens",
+            default_max_tokens=COMPLETION_MAX_TOKENS,
+        )
         check_request(completion, wanted, self._generator, self._settings)
         token_ids = await tokenize_text(
             prompt, completion.add_special_tokens is not False, self._generator, self._settings

@@ -247,7 +247,8 @@ class InstanceProcess:
             self._unsent.appendleft((memoryview(b"".join(joined)) if len(joined) > 1 else joined[0], None))
 
     def _receive(self) -> bool:
-        """Takes what the socket brings; False if nothing more can come. A process that talks nonsense is killed."""
+        """Takes what the socket brings; False if nothing more can come. A process that talks nonsense is killed; so is
+        one whose answer cannot be passed on, because those behind it are lost: a hang would say nothing."""
         try:
             frames = self._link.read()
             if frames is not None:
@@ -259,6 +260,9 @@ class InstanceProcess:
             return True
         except (ValueError, msgspec.MsgspecError) as error:
             self.kill(ModelExecutionError(f"{self.name} sent a message that cannot be read: {error}"))
+        except Exception as error:  # a fault of ours
+            logger.error("what %s answered could not be passed on", self.name, exc_info=error)
+            self.kill(ModelExecutionError(f"What {self.name} answered could not be passed on: {error!r}"))
         self._loop.remove_reader(self._socket.fileno())
         self._kill_group()  # it has closed its end: nobody can talk to it any more
         return False

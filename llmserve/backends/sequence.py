@@ -236,7 +236,9 @@ class LLMGeneration:
         self._wake()
 
     def fail(self, error: LLMServeError) -> None:
-        """The whole request cannot go on; what was ready is still delivered first."""
+        """The whole request cannot go on; what was ready is still delivered first. Too late if it has ended."""
+        if not self._num_running:
+            return
         self._error = error
         self._end(FinishReason.ERROR)
         self._wake()

@@ -10,11 +10,12 @@ because chance can look like that, but hardly thrice.
 
 What brings a culprit into a step of its own:
 
-* After a death, those that were in it enter the next engine before any newcomer does, so that a death soon after is not
-  blamed on both. A token clears a request.
+* After a death, those that were in it enter the next engine with whoever has come since. A token clears a request.
+  (Newcomers could be kept out until then. That would spare them a mark if the next death is soon, which alone makes
+  nobody a suspect, and let all of them wait for the longest prompt that was in the first, for minutes.)
 * One that has been in two deaths in a row without a token in between is *suspected*. Suspects enter one at a time: the
-  first of them before everybody else, alone, and the next when that one has its token and the others are running again.
-  One that dies beside others is the first in the next engine, and alone.
+  first of them before everybody else, alone, and the next when that one has its token and the others are running again;
+  newcomers wait. One that dies beside others is the first in the next engine, and alone.
 
 So every death brings at least one culprit nearer to its conviction, which it meets in its fourth at the latest (its
 eighth, if the engine is killed or hangs of it), and no step that a request is judged by holds anybody else.
@@ -223,9 +224,9 @@ class InFlightRequests:
             return []
         returning, self._returning = self._returning, []
         num_suspects = len(self._suspects) + (self._on_trial is not None)
-        if len(self._clouded) > num_suspects:
-            return returning
         if num_suspects:
+            if len(self._clouded) > num_suspects:
+                return returning
             return [*returning, self._on_trial] if self._try_next() and self._on_trial is not None else returning
         new, self._new = self._new, []
         return returning + new

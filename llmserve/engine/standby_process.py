@@ -26,7 +26,8 @@ def _import_engine() -> None:
 
 def main() -> int:
     """Exit status of the engine it becomes; 0 if it becomes none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server says when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # either may reach the whole group: the server says when to stop
+        signal.signal(number, signal.SIG_IGN)
     importing = threading.Thread(target=_import_engine, name="import")
     importing.start()
     importing.join()

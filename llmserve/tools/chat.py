@@ -38,7 +38,7 @@ _CONTROL_CHARACTERS = dict.fromkeys([code for code in (*range(32), *range(127, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `llmserve chat`."""
-    parser.add_argument("--url", default=DEFAULT_URL, help="the server's base address, with /v1 (default: %(default)s)")
+    parser.add_argument("--url", default=DEFAULT_URL, help="the server's address, /v1 or not (default: %(default)s)")
     parser.add_argument("--model", help="default: the first of /v1/models")
     parser.add_argument("--api-key", help="default: LLMSERVE_API_KEY or OPENAI_API_KEY from the environment")
     parser.add_argument("--system", help="the system prompt")

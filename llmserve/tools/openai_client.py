@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -160,9 +159,8 @@ class OpenAIClient:
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, clock: Clock = time.perf_counter) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        url = url.rstrip("/")
-        self._http = HttpClient(url if urlsplit(url).path else f"{url}/v1", headers, clock)
-        self._base = self._http.url.path
+        self._http = HttpClient(url, headers, clock)
+        self._base = self._http.url.path or "/v1"
         self.clock = clock
 
     def close(self) -> None:

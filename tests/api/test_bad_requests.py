@@ -214,6 +214,14 @@ def test_official_client_types_the_error(served):
 JSON = {"content-type": "application/json"}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/embeddings", "/rerank"])
+@pytest.mark.parametrize("content", [None, b"", b" \n"], ids=["none", "empty", "blank"])
+@pytest.mark.parametrize("headers", [{}, JSON], ids=["of no type", "of JSON"])
+def test_a_request_without_a_body_is_told_so(http, path, content, headers):
+    response = http.post(path, content=content, headers=headers | (JSON if content else {}))
+    assert "The request has no body. Send a JSON object" in assert_error(response, 400, None)
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [

@@ -61,6 +61,19 @@ def test_generation_ends_with_its_client(served, path, body, num_generations, ho
     assert metrics.client_disconnects == before + 1
 
 
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+def test_a_client_that_closes_its_sending_side_counts_as_gone(served, body):
+    """See `HttpProtocol.eof_received`: its FIN is that of a client that has closed."""
+    served.script.hold_after = 3
+    connection = open_request(served.port, "/v1/chat/completions", body)
+    served.script.held.get(timeout=5)
+    connection.shutdown(socket.SHUT_WR)
+    assert served.script.aborted.get(timeout=5) == served.script.request_ids[0]
+    while connection.recv(65536):  # what had been sent before; then the end
+        pass
+    connection.close()
+
+
 def test_client_that_goes_in_the_middle_of_a_stream(served):
     """It has read a part, and there is more to come at full speed: the send side notices."""
     served.script.answer = "x" * 400

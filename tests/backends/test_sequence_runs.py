@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from llmserve.backends.generation import GenerationSpec
 from llmserve.backends.sequence import LLMGeneration, SequenceState
+from llmserve.errors import DeadlineExceededError
 from llmserve.messages import FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
 from llmserve.metrics import ModelMetrics
 from llmserve.tokenizer import Tokenizer
@@ -34,6 +36,28 @@ class Owner:
 
     def unpause(self, sequences: list[SequenceState]) -> None:
         raise AssertionError("it was never paused")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_an_answer_that_is_complete_is_read_however_late(smollm2_path: Path, num_steps: int) -> None:
+    async def read() -> list[FinishReason | None]:
+        owner = Owner(Tokenizer.from_path(smollm2_path))
+        params = SamplingParams(max_tokens=2, seed=0)
+        deadline_s = time.monotonic() + 0.01
+        spec = GenerationSpec(prompt_token_ids=[1], sampling=params, deadline_s=deadline_s)
+        generation = LLMGeneration("r", spec, owner, 0.0)
+        generation.watch_deadline()
+        for step in range(num_steps):
+            generation.sequences[0].receive(SequenceOutput("r", [5], FinishReason.LENGTH if step else None), 0.1)
+        await asyncio.sleep(max(deadline_s - time.monotonic(), 0) + 0.02)
+        async with generation:
+            return [delta.finish_reason async for ready in generation for delta in ready]
+
+    if num_steps == 2:
+        assert asyncio.run(read()) == [None, FinishReason.LENGTH]
+    else:
+        with pytest.raises(DeadlineExceededError):
+            asyncio.run(read())
 
 
 async def told(tokenizer: Tokenizer, step: int, **spec: Any) -> tuple[Any, ...]:

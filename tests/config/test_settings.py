@@ -8,7 +8,7 @@ import pytest
 
 from llmserve.config import EngineConfig, ServeConfig, format_bytes, parse_bytes
 from llmserve.errors import ConfigError
-from llmserve.settings import add_setting_flags, load_serve_config
+from llmserve.settings import add_setting_flags, load_serve_config, unknown_variables
 
 
 def load(*argv: str, environ: dict[str, str] | None = None) -> ServeConfig:
@@ -85,6 +85,40 @@ def test_booleans_have_a_flag_each_way() -> None:
 def test_a_bad_value_is_an_error_that_names_its_source(argv: list[str], environ: dict[str, str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load(*argv, environ=environ)
+
+
+def test_a_variable_that_is_no_setting_is_said() -> None:
+    environ = {
+        "LLMSERVE_MAX_MODEL_LENGTH": "8",
+        "LLMSERVE_QWERTY": "1",
+        "LLMSERVE_PORT": "8000",
+        "LLMSERVE_API_KEY": "sk-1",
+        "LLMSERVE_CACHE": "/tmp",
+        "LLMSERVE_CONFIG": "c.toml",
+        "LLMSERVE_MODELS": "a b",
+        "OTHER_LLMSERVE_PROT": "1",
+    }
+    assert unknown_variables(environ) == [
+        "the environment variable LLMSERVE_MAX_MODEL_LENGTH is no setting, and is ignored. "
+        "Did you mean LLMSERVE_MAX_MODEL_LEN?",
+        "the environment variable LLMSERVE_QWERTY is no setting, and is ignored.",
+    ]
+
+
+def test_what_kubernetes_says_of_a_service_called_llmserve_is_no_setting() -> None:
+    environ = {
+        "LLMSERVE_PORT": "tcp://10.0.171.239:8000",
+        "LLMSERVE_PORT_8000_TCP": "tcp://10.0.171.239:8000",
+        "LLMSERVE_PORT_8000_TCP_ADDR": "10.0.171.239",
+        "LLMSERVE_PORT_8000_TCP_PORT": "8000",
+        "LLMSERVE_PORT_8000_TCP_PROTO": "tcp",
+        "LLMSERVE_SERVICE_HOST": "10.0.171.239",
+        "LLMSERVE_SERVICE_PORT": "8000",
+        "LLMSERVE_SERVICE_PORT_HTTP": "8000",
+    }
+    assert unknown_variables(environ) == []
+    assert load("m", environ=environ).server.port == 8000
+    assert load("m", environ={"LLMSERVE_PORT": "9000"}).server.port == 9000
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
 from llmserve.api.deadline import Deadline
+from llmserve.api.disconnect import run_until_disconnect
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
 from llmserve.request_context import current_request
@@ -65,7 +67,7 @@ def test_a_stream_that_was_complete_when_its_time_was_over_gets_no_event_behind_
             sent.append(last)
         else:
             await send(last)
-        await asyncio.get_running_loop().create_future()
+        await asyncio.sleep(0.1)  # past its time: the client is slow to read
 
     async def collect(message: Any) -> None:
         sent.append(message)
@@ -77,6 +79,33 @@ def test_a_stream_that_was_complete_when_its_time_was_over_gets_no_event_behind_
     scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.05")], "client": None}
     asyncio.run(door(scope, nothing, collect))
     assert [message.get("body") for message in sent] == [None, b"data: [DONE]\n\n"]
+
+
+@pytest.mark.parametrize("late", [0.0, 0.02], ids=["while it is computed", "while it is sent"])
+def test_an_answer_that_was_complete_in_time_is_sent(late: float) -> None:
+    """The event loop was busy meanwhile, or the client reads slowly."""
+    sent: list[Any] = []
+
+    async def work() -> bytes:
+        time.sleep(0.05 - late)  # noqa: ASYNC251 (nobody else shall run)
+        return b"all"
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        body = await run_until_disconnect(receive, work())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(late * 2)
+        await send({"type": "http.response.body", "body": body})
+
+    async def collect(message: Any) -> None:
+        sent.append(message)
+
+    async def nothing() -> Any:
+        return await asyncio.get_running_loop().create_future()
+
+    door = Door(answer, gatekeeper=Gatekeeper(None))
+    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.04")], "client": None}
+    asyncio.run(door(scope, nothing, collect))
+    assert [message.get("status", message.get("body")) for message in sent] == [200, b"all"]
 
 
 def test_what_ends_in_time_leaves_no_timer() -> None:

@@ -98,6 +98,7 @@ def test_who_does_not_send_a_request_is_answered_and_let_go(
     assert b'"code":"' + code + b'"' in received
     with quick.client() as client:
         assert client.get("/health").status_code == 200
+    assert quick.metrics.http.refused == ({} if status == b"413" else {code.decode(): 1})  # that was a route's answer
 
 
 def test_endless_headers_are_cut_off_at_the_limit(serve_guarded: ServeGuarded) -> None:
@@ -145,6 +146,7 @@ def test_one_connection_too_many_is_told_so(quick: GuardedServer) -> None:
     assert received.startswith(b"HTTP/1.1 503")
     assert b"too_many_connections" in received
     assert b"retry-after: 1" in received
+    assert 'http_connections_refused_total{reason="too_many_connections"} 1.0' in quick.metrics.render().decode()
 
 
 def test_idle_connections_are_let_go_and_others_are_served(serve_guarded: ServeGuarded) -> None:
@@ -156,6 +158,13 @@ def test_idle_connections_are_let_go_and_others_are_served(serve_guarded: ServeG
             while data := connection.recv(4096):
                 received += data
             assert received.startswith(b"HTTP/1.1 408")
+    assert served.metrics.http.refused == {"request_timeout": 300}
+
+
+def test_open_connections_are_counted(serve_guarded: ServeGuarded) -> None:
+    served = serve_guarded()
+    with idle_connections(served.port, 5), served.client() as client:
+        assert "\nhttp_connections 6.0\n" in client.get("/metrics").text
 
 
 def test_a_client_that_does_not_read_is_not_buffered_for(serve_guarded: ServeGuarded) -> None:
@@ -173,6 +182,8 @@ def test_a_client_that_does_not_read_is_not_buffered_for(serve_guarded: ServeGua
         )
         assert served.script.aborted.get(timeout=20) == served.script.request_ids[0]
     assert served.metrics.model("scripted").client_disconnects == 1
+    assert served.metrics.http.refused == {"slow_reader": 1}
+    assert served.metrics.http.num_connections == 0
 
 
 def test_a_large_body_is_checked_beside_the_streams(serve_guarded: ServeGuarded) -> None:

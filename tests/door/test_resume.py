@@ -11,8 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from llmserve.api.resume import ResumableStreams, event_ids
+from llmserve.api.door import Door
+from llmserve.api.gatekeeper import Gatekeeper
+from llmserve.api.resume import AsItStands, ResumableStreams, event_ids
 from llmserve.api.settings import ApiSettings
+from llmserve.api.stream import EventStreamResponse
 from llmserve.backends.generation import GenerationDelta
 from llmserve.errors import QueueFullError, StreamGoneError
 from llmserve.request_context import CURRENT_REQUEST, RequestContext, Tenant
@@ -288,3 +291,38 @@ def _rest(lines: Iterator[str]) -> list[str]:
     with contextlib.suppress(httpx.HTTPError):
         rest.extend(lines)
     return rest
+
+
+class Brief(Endless):
+    """Ends by itself."""
+
+    async def __aiter__(self) -> Any:
+        for _ in range(2):
+            await asyncio.sleep(0)
+            yield []
+
+
+def test_a_deadline_that_passes_while_the_last_event_is_sent_adds_nothing() -> None:
+    sent: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        start: Any = Brief
+        reader = ResumableStreams(30.0).open("k", None, b"body", start, Numbered())
+        response = EventStreamResponse(
+            lambda: reader, AsItStands(), keep_alive_s=15.0, on_disconnect=lambda: None, headers={}
+        )
+        await response(scope, receive, send)
+
+    async def slow(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if b"id: 2" in sent[-1]:
+            await asyncio.sleep(0.1)  # a full socket
+
+    async def nothing() -> Any:
+        return await asyncio.get_running_loop().create_future()
+
+    door = Door(app, gatekeeper=Gatekeeper(None))
+    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.05")], "client": None}
+    asyncio.run(door(scope, nothing, slow))
+    assert b"".join(sent).count(b"\n\n") == 2
+    assert b"error" not in b"".join(sent)

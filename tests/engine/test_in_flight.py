@@ -108,16 +108,17 @@ def test_one_that_dies_beside_others_is_tried_alone_and_convicted_then() -> None
     assert requests.ids() == ["good"]
 
 
-def test_newcomers_wait_until_those_of_a_death_have_a_token() -> None:
+def test_newcomers_do_not_wait_for_the_prompts_of_those_of_a_death() -> None:
     requests = of("a")
     sent(requests)
     requests.engine_died(["a"], for_certain=True)
     requests.add(
         EngineRequest(request_id="b", prompt_token_ids=[1], params=SamplingParams(max_tokens=9, seed=1), arrival_s=1.0)
     )
+    assert sent(requests) == ["a", "b"]
+    assert requests.engine_died(["a", "b"], for_certain=True) == []  # the newcomer has a mark, and is no suspect yet
     assert sent(requests) == ["a"]
-    assert requests.has_unsent
-    say(requests, "a")
+    assert requests.engine_died(["a"], for_certain=True) == ["a"]
     assert sent(requests) == ["b"]
 
 
@@ -156,15 +157,16 @@ def test_a_suspect_that_leaves_makes_room_for_the_next() -> None:
 def test_those_that_are_held_during_a_trial_are_counted() -> None:
     requests = of("a", "b")
     assert requests.num_held == 2
-    sent(requests)
-    requests.engine_died(["a"], for_certain=True)
+    for _ in range(2):
+        sent(requests)
+        requests.engine_died(["a"], for_certain=False)
     for name in ("c", "d"):
         requests.add(next(of(name).take_unsent()))
-    assert sent(requests) == ["a", "b"]
-    assert requests.num_held == 2
+    assert sent(requests) == ["a"]
+    assert requests.num_held == 3
     requests.forget(["c"])
-    assert requests.num_held == 1
+    assert requests.num_held == 2
     say(requests, "a")
-    assert sent(requests) == ["d"]
+    assert sent(requests) == ["b", "d"]
     requests.pause(["a"])
     assert requests.num_held == 0

@@ -157,6 +157,8 @@ def test_it_waits_without_work_and_ends_with_its_server_even_if_that_is_killed()
             _wait_until(lambda: any("libtorch_cpu" in area.path for area in standby.memory_maps()), "torch imported")
             _wait_until(lambda: _is_at_rest(standby), "all imports made")
             assert standby.nice() == psutil.Process().nice()
+            for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: not for it to obey
+                standby.send_signal(number)
             began = standby.cpu_times()
             threading.Event().wait(1.0)
             ended = standby.cpu_times()

@@ -475,3 +475,24 @@ def test_a_killed_model_never_ends_a_request_without_an_answer(tmp_path: Path) -
             assert model.statistics().pending == 0
 
     asyncio.run(scenario())
+
+
+def test_who_cannot_take_an_answer_does_not_keep_it_from_those_behind(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = PYTHON + "dynamic_batching { max_queue_delay_microseconds: 50000 }"
+        async with running(tmp_path, {"model.py": MOODY}, "max_batch_size: 4 " + config) as model:
+            first = asyncio.create_task(infer(model, INPUT0=fp32(0).reshape(1, 1)))
+            await asyncio.sleep(0)  # it finds an idle instance; the next two are one batch, answered in one message
+
+            def take(_: object) -> None:
+                raise RuntimeError("its books are closed")
+
+            model.infer(request({"INPUT0": fp32(0).reshape(1, 1)})).deliver(take)
+            behind = asyncio.create_task(infer(model, INPUT0=fp32(0).reshape(1, 1)))
+            await first
+            with pytest.raises(ModelExecutionError, match="could not be passed on: RuntimeError"):
+                await asyncio.wait_for(behind, 20)
+            await until(model.is_ready)
+            assert (await infer(model, INPUT0=fp32(0).reshape(1, 1)))["OUTPUT0"] == 0
+
+    asyncio.run(scenario())

@@ -47,6 +47,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.waiting: dict[int, QueuedRequest] = {}
         self.deadlines: dict[int, float] = {}
         self.delayed: list[int] = []  # by when their time ran out
+        self.put_back: list[int] = []  # the last of them is the first
 
     def policy_of(self, request: QueuedRequest) -> QueuePolicy:
         return self.config.policies()[request.level]
@@ -88,6 +89,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.delayed += sorted(to_delay, key=lambda i: (self.deadlines[i], i))
         for i in due:
             del self.deadlines[i]
+        self.put_back = [i for i in self.put_back if i not in to_delay]
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
@@ -97,8 +99,9 @@ class BatcherMachine(RuleBasedStateMachine):
             del self.waiting[i]
             self.deadlines.pop(i, None)
 
-    @rule()
-    def take(self) -> None:
+    @rule(dies_after=st.sampled_from([None, None, 0.0, 1.0]))
+    def take(self, dies_after: float | None) -> None:
+        """`dies_after`: so long after it was given the batch, the instance dies that had not begun it."""
         batch = self.batcher.next_batch(self.now_s)
         if batch is None:
             if self.waiting:  # it waits for company, and says until when
@@ -123,14 +126,22 @@ class BatcherMachine(RuleBasedStateMachine):
         # within a level and a shape nobody is overtaken but those whose time ran out
         order = [request.id for request in self.in_order() if request.shape_key == batch.requests[0].shape_key]
         assert order[: len(ids)] == ids
-        for i in ids:
-            del self.waiting[i]
-            self.deadlines.pop(i, None)
-        assert batch.num_left == len(self.waiting)
+        assert batch.num_left == len(self.waiting) - len(ids)
+        if dies_after is None:
+            for i in ids:
+                del self.waiting[i]
+                self.deadlines.pop(i, None)
+        else:
+            self.now_s += dies_after
+            self.batcher.next_event_s(False)  # forgets the times of those that do not wait
+            self.batcher.put_back(batch.requests)
+            self.delayed = [i for i in self.delayed if i not in ids]
+            self.put_back = [i for i in self.put_back if i not in ids] + ids[::-1]
 
     def in_order(self) -> list[QueuedRequest]:
-        """As the queue should stand: by level; in time as they came, then the others as their time ran out."""
+        """As the queue should stand: by level; who was put back, in time as they came, then as their time ran out."""
         place = {i: index for index, i in enumerate(self.delayed)}
+        place |= {i: -2 - index for index, i in enumerate(self.put_back)}
         return sorted(self.waiting.values(), key=lambda request: (request.level, place.get(request.id, -1), request.id))
 
     @invariant()

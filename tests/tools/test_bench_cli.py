@@ -130,6 +130,19 @@ def test_failures_are_shown_and_all_failed_is_a_failure(
         image.verify()
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_the_server_refuses_at_all_is_said_in_a_line(
+    fake_server: Any, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    refusal = fake_server.answer(fake_server.http(status, b'{"error": {"message": "There is no model nope."}}'))
+    fake_server.default = lambda seen: refusal
+    assert run("--url", fake_server.url, "--model", "nope", "--num-requests", "3") == 1
+    shown = capsys.readouterr()
+    assert shown.err == f"llmserve bench: HTTP {status}: There is no model nope.\n"
+    assert "requests/s" not in shown.out
+    assert len(fake_server.completions) == 1
+
+
 def test_some_failures_are_not_a_failure_of_the_run(fake_server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_server.push(fake_server.http(500, b""))
     arguments = ("--url", fake_server.url, "--num-requests", "3", "--concurrency", "1", "--num-warmup", "0")

@@ -29,6 +29,33 @@ def test_a_flag_is_not_short_for_another(capsys: pytest.CaptureFixture[str]) -> 
     assert "unknown argument '--api-key'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--device", "cuda"], "device is 'cuda', but this machine has no driver of a GPU"),
+        (["--device", "cpu", "--gpu-memory", "0.5"], "gpu_memory is for models on a GPU, and device is 'cpu'"),
+        (["--device", "cpu", "--kv-cache-host-memory", "1GiB"], "kv_cache_host_memory is for models on a GPU"),
+        (["--request-log", "/nowhere/log"], "Cannot write the request log /nowhere/log"),
+        (["--api-keys", "/nowhere/keys"], "/nowhere/keys"),
+        (["--tls-certificate", "/nowhere/pem", "--tls-key", "/nowhere/key"], "/nowhere/pem"),
+    ],
+)
+def test_what_needs_no_model_to_be_refused_is_refused_before_one_is_fetched(
+    flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmserve.serve._has_gpu_driver", lambda: False)
+    assert main(["serve", "no-such-model", "--port", "0", *flags]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_an_unknown_variable_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMSERVE_PROT", "8001")
+    assert main(["serve", "--config", "nowhere.toml"]) == 1
+    assert "LLMSERVE_PROT is no setting, and is ignored. Did you mean LLMSERVE_PORT?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--weight", "-1"), ("--share", "3"), ("--tokens-per-minute", "-5")])
 def test_no_key_is_made_that_the_server_would_not_take(
     flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -139,6 +139,13 @@ def test_encode_request_leaves_out_what_is_not_asked_for() -> None:
     assert set(json.loads(encode_request("chat", "m", "p"))) == {"model", "messages", "stream", "stream_options"}
 
 
+@pytest.mark.parametrize("form", ["http://{}", "http://{}/", "http://{}/v1", "http://{}/v1/", "{}", "{}/v1"])
+def test_the_address_may_be_given_with_v1_and_without(fake_server: Any, form: str) -> None:
+    chunks = asyncio.run(collect(form.format(fake_server.url.split("/")[2])))
+    assert chunks
+    assert [seen.path for seen in fake_server.completions] == ["/v1/chat/completions"]
+
+
 def test_models_and_tokenize(fake_server: Any) -> None:
     async def main() -> None:
         client = OpenAIClient(fake_server.url)

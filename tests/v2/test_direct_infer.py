@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import uvicorn
 
+from llmserve.api.journal import Journal
 from llmserve.api.v2_http_direct import DirectInfer
 from llmserve.backends.general import GeneralModel
 from llmserve.config import DoorConfig
 from llmserve.repository.settings import RepositorySettings
+from llmserve.request_context import RequestContext
 from tests.door.conftest import write_keys
 from tests.v2.v2_fake_model import FakeModel
 from tests.v2.v2_server import V2Server, serve_v2
@@ -397,3 +399,19 @@ def test_a_bug_of_ours_is_answered_and_costs_no_other_request(
             response, content = ask(server, body(0.0), {})
         assert (response.status, b"secret" in content) == (500, False)
         assert ask(server, body(0.0), {})[0].status == 200
+
+
+def test_books_that_cannot_be_kept_cost_no_answer(
+    tmp_path: Path, taken: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(self: Journal, context: RequestContext) -> None:
+        raise ValueError("I/O operation on closed file")
+
+    monkeypatch.setattr(Journal, "record", record)
+    with serving(tmp_path) as server:
+        for headers in ({}, LONG):
+            for _ in range(2):
+                response, _ = ask(server, body(0.0), headers)
+                assert response.status == 200
+    assert len(taken) == 2
+    assert len([line for line in caplog.messages if "could not be written down" in line]) == 4

@@ -151,6 +151,12 @@ def test_generate_stream_streams_unless_told_otherwise(llm: Harness) -> None:
     assert [event["text_output"] for event in events] == ["one two three"]
 
 
+@pytest.mark.parametrize(("prompt", "expected"), [("hi", 16), ("x" * 90, 10)])
+def test_an_answer_of_no_given_length_is_as_long_as_in_completions(llm: Harness, prompt: str, expected: int) -> None:
+    assert llm.ask("models/llm/generate", {"text_input": prompt})[0] == 200
+    assert llm.generator.specs[0].sampling.max_tokens == expected
+
+
 def test_the_vllm_backends_sampling_parameters(llm: Harness) -> None:
     parameters = json.dumps({"temperature": "0.25", "top_k": 3, "max_tokens": "4"})
     assert llm.ask("models/llm/generate", {"text_input": "hi", "sampling_parameters": parameters})[0] == 200

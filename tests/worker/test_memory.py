@@ -114,6 +114,7 @@ def test_a_plan_is_plain_data(model: ModelConfig) -> None:
     assert not dataclasses.is_dataclass(result)
 
 
-def test_a_share_of_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
+def test_a_share_of_a_gpu_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="--gpu-memory"):
-        prepare_model(EngineConfig(model=str(tmp_path), device="cpu", gpu_memory=0.5))
+        prepare_model(EngineConfig(model=str(tmp_path), gpu_memory=0.5))

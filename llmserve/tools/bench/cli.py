@@ -31,6 +31,7 @@ from llmserve.tools.bench.record import RequestRecord
 from llmserve.tools.bench.report import Run, as_json, print_run, print_sweep
 from llmserve.tools.bench.summary import parse_slo, summarize
 from llmserve.tools.bench.workload import LENGTH_FORMS, PlannedRequest, arrival_times, parse_lengths
+from llmserve.tools.http_client import ClientError
 from llmserve.tools.openai_client import (
     DEFAULT_URL,
     OpenAIClient,
@@ -40,11 +41,12 @@ from llmserve.tools.openai_client import (
 )
 
 INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+_REFUSALS = ("http_401", "http_403", "http_404")  # of the key, or the model: every other request would meet the same
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `llmserve bench`."""
-    parser.add_argument("--url", default=DEFAULT_URL, help="the server's base address, with /v1 (default: %(default)s)")
+    parser.add_argument("--url", default=DEFAULT_URL, help="the server's address, /v1 or not (default: %(default)s)")
     parser.add_argument("--model", help="default: the first of /v1/models")
     parser.add_argument("--api-key", help="default: LLMSERVE_API_KEY or OPENAI_API_KEY from the environment")
     parser.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: %(default)s")
@@ -161,6 +163,8 @@ class Benchmark:
         requests = itertools.islice(self._requests("warm-up"), self._args.num_warmup)
         await generator.run(ClosedLoop(concurrency=8), requests, iter(()))
         failed = [record for record in generator.records if not record.succeeded]
+        if failed and failed[0].error_kind in _REFUSALS:
+            raise ClientError(failed[0].error_kind, failed[0].error_message)
         if failed:
             message = f"warm-up: {len(failed)} of {len(generator.records)} requests failed: {failed[0].error_message}"
             self._console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
