@@ -36,12 +36,12 @@ class GeneralModels:
         llms: ServedModels,
         language_models: LanguageModels,
         api: ApiSettings,
-        entrance: Entrance | None = None,
-        named: Mapping[str, Path] | None = None,
+        entrance: Entrance,
+        named: Mapping[str, Path],
     ) -> None:
         """`named` are models that stand in no repository, by name."""
         self._server = server
-        self._entrance = entrance or Entrance()
+        self._entrance = entrance
         self._inline = frozenset(config.inline)
         self._repository = ModelRepository(_repository_settings(config, server), self._open, named)
         self.pooling = PoolingModels(self._repository)

@@ -63,7 +63,6 @@ class Tokenizer:
         _mark_special(backend, {*self.special_tokens.values(), *files.extra_special_tokens})
         added: dict[int, Any] = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.bos_token_id = self._special_id("bos_token")
         self.eos_token_ids = self._end_ids(files.eos_token_ids, added)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.max_length = files.max_length if files.max_length and files.max_length < _UNLIMITED else None

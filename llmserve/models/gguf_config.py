@@ -68,7 +68,6 @@ def config_from_gguf(path: Path) -> ModelConfig:
         moe=_moe(reader, architecture),
         dtype=_dtype(file),
         eos_token_ids=_eos_token_ids(file),
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
     )
 
 

@@ -78,7 +78,6 @@ def config_from_folder(folder: Path) -> ModelConfig:
         quantization=read_quantization(fields),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(folder, fields),
-        bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
     )
 
 

@@ -75,7 +75,6 @@ def test_folder_encodes_as_llama_cpp_and_transformers(smollm2: Tokenizer, smollm
 
 def test_smollm2_facts(smollm2: Tokenizer) -> None:
     assert smollm2.vocab_size == 49152
-    assert smollm2.bos_token_id == 1
     assert smollm2.eos_token_ids == (2, 0)
     assert {0, 1, 2} <= smollm2.special_token_ids
     assert smollm2.encode("") == []
