@@ -1,4 +1,4 @@
-"""From a model folder to a text model and its head: chooses device, format and ops, loads weights."""
+"""From a model folder to a text model and its head: chooses format and ops, loads weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmserve.models.quantization import choose_formats
 from llmserve.models.safetensors_weights import SafetensorsWeights
 from llmserve.pooling_config import PoolingConfig, encoder_stem
 from llmserve.pooling_modules import DenseConfig
-from llmserve.worker.loader import choose_device, cpu_computes_bf16
+from llmserve.worker.loader import cpu_computes_bf16
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "float16", Q8_0, INT8)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,12 +80,11 @@ def load_pooling_model(
     config: PoolingConfig,
     weight_format: str,
     num_threads: int | None,
-    device_name: str,
+    device: torch.device,
     max_tokens: int,
     max_seqs: int,
 ) -> LoadedModel:
     """Reads the weights. The limits are of one forward pass. Raises ModelLoadError, ConfigError."""
-    device = choose_device(device_name)
     is_encoder = encoder_stem(config.architecture) is not None
     encoder_config = read_encoder_config(folder) if is_encoder else None
     head_dim = encoder_config.head_dim if encoder_config else open_decoder(folder, with_head=False)[0].head_dim
