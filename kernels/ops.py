@@ -39,7 +39,6 @@ class AttentionMetadata:
     block_table: torch.Tensor  # int32 [num_seqs, max_blocks]
     slot_mapping: torch.Tensor  # int64 [num_tokens]: block id * block_size + offset
     positions: torch.Tensor  # int64 [num_tokens]
-    max_query_len: int
     max_seq_len: int
 
 

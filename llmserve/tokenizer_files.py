@@ -126,13 +126,15 @@ def _texts(values: Iterable[Any]) -> Iterable[str]:
 
 
 def _configured_ends(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json and config.json: an id or a list of them."""
+    """`eos_token_id` of generation_config.json and config.json: an id or a list of them. Raises ModelLoadError."""
     ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
         config = read_json(folder / name)
         value = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
-        values = value if isinstance(value, list) else [value]
-        ends.extend(end for end in values if isinstance(end, int))
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(end, int) for end in values):
+            raise ModelLoadError(f"{folder / name}: eos_token_id must be a token id or a list of them, not {value!r}.")
+        ends += values
     return tuple(dict.fromkeys(ends))
 
 

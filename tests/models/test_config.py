@@ -92,11 +92,6 @@ def test_defaults_of_architectures(read):
     assert (plain.num_kv_heads, plain.head_dim, plain.dtype, plain.rope) == (4, 16, "float32", RopeConfig(theta=1e4))
 
 
-def test_end_tokens_of_both_files(read, tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
-    assert read(eos_token_id=2).eos_token_ids == (2, 7)
-
-
 def test_yarn_attention_factor(read):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert read(rope_parameters=yarn).rope.attention_factor == pytest.approx(1.1386294)
@@ -124,7 +119,6 @@ def test_yarn_attention_factor(read):
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["bitsandbytes"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-        ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         ({"rope_scaling": [1]}, ["rope_scaling"]),
     ],
 )

@@ -96,6 +96,12 @@ def test_every_end_token_is_found(write_folder: WriteFolder) -> None:
     assert Tokenizer.from_path(folder).eos_token_ids == (EOS, TOOL, 65, IM_END)
 
 
+def test_an_end_that_is_no_token_id_is_refused(write_folder: WriteFolder) -> None:
+    folder = write_folder(special=("</s>",), config={"eos_token_id": "</s>"})
+    with pytest.raises(ModelLoadError, match=r"config\.json: eos_token_id must be a token id .*, not '</s>'"):
+        Tokenizer.from_path(folder)
+
+
 def test_text_that_looks_like_an_end_is_none(write_folder: WriteFolder) -> None:
     """A well-known end token that is ordinary text in this vocabulary does not end."""
     assert Tokenizer.from_path(write_folder(special=("<s>",))).eos_token_ids == ()
