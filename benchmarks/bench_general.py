@@ -34,22 +34,12 @@ import uvloop
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from benchmarks.triton.model_files import IDENTITY
 from llmserve.backends import transport
 from llmserve.backends.general import GeneralModel
 from llmserve.errors import DeadlineExceededError
 from llmserve.inference import InferRequest, Tensor
 
-IDENTITY = """
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            tensor = pb_utils.get_input_tensor_by_name(request, "INPUT0")
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", tensor.as_numpy())]))
-        return responses
-"""
 STREAM = """
 import triton_python_backend_utils as pb_utils
 
