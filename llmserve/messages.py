@@ -176,7 +176,6 @@ class EngineReady(msgspec.Struct, tag="ready"):
     """The engine takes requests."""
 
     plan: MemoryPlan
-    load_s: float
 
 
 class EngineFailed(msgspec.Struct, tag="failed"):
