@@ -41,9 +41,7 @@ class TextModel(Protocol):
 class Scorer(Protocol):
     """Makes one row of hidden states for each sequence: an embedding or logits."""
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         """hidden [t, hidden] -> float32 [n, out]."""
         ...
 
@@ -67,9 +65,7 @@ class WordJudge:
         """The decoder's head has a row for each word, yes first."""
         self._decoder = decoder.model
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         """-> float32 [n, 1]."""
         logits = self._decoder.compute_logits(hidden[sequences.cu_seqlens[1:].long() - 1])
         return logits[:, :1] if logits.shape[1] == 1 else logits[:, :1] - logits[:, 1:]

@@ -63,11 +63,9 @@ class PoolingRunner:
         token_type_ids: npt.NDArray[np.uint8] | None,
         cu_seqlens: Int32Array,
         task: PoolingTask,
-        num_prompt_tokens: Int32Array | None = None,
     ) -> FloatArray:
         """Packed sequences: i owns token_ids[cu_seqlens[i]:cu_seqlens[i + 1]], of at least one token and at most
-        `config.max_model_len`. Without token_type_ids they are all zero. Where `config.include_prompt` is false,
-        num_prompt_tokens [n] tells how many tokens of each sequence, from its first, the pooling leaves out; never all.
+        `config.max_model_len`. Without token_type_ids they are all zero.
 
         "embed": [n, dimension], pooled and through the dense layers, not normalised; "token_embed": [tokens,
         hidden_size]; "classify", of a model of kind "score" or "classify": logits [n, labels].
@@ -88,8 +86,7 @@ class PoolingRunner:
                 continue
             scorer = self._loaded.embed if task == "embed" else self._loaded.classify
             assert scorer is not None
-            prompts = None if num_prompt_tokens is None else self._int64(num_prompt_tokens[first:last])
-            parts.append(scorer.forward(hidden, sequences, prompts))
+            parts.append(scorer.forward(hidden, sequences))
         whole: FloatArray = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
         return whole
 
