@@ -68,7 +68,7 @@ class TimedLibrary:
     """A library of kernels, each call of which is timed. Has what `CPUOps` looks for in a `Library`."""
 
     def __init__(self, library: Library, recorder: Recorder) -> None:
-        self.isa, self.num_threads, self.pool = library.isa, library.num_threads, library.pool
+        self.isa, self.pool = library.isa, library.pool
         self.linear = self._timed_linear(library.linear, recorder)
         for name in ("rms_norm", "gate_and_mul", "embedding", "rotary_and_cache", "paged_attention", "sample"):
             setattr(self, name, self._timed(name, getattr(library, name), recorder))

@@ -71,15 +71,6 @@ class Scheduler:
         self._num_added = 0
         self._stats = EngineStats(0, 0, 0, kv_cache.num_blocks)
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that hold no blocks: new and preempted ones."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
     def has_work(self) -> bool:
         """Whether any request is unfinished. `finished_ids` not yet sent are no work: they go with the next step."""
         return bool(self._requests)

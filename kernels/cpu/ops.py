@@ -45,7 +45,6 @@ class CPUOps:
 
     def __init__(self, library: Library) -> None:
         self.isa = library.isa
-        self.num_threads = library.num_threads
         self._library = library
         self._pool = library.pool
         self._weights = WeightMemory()

@@ -106,11 +106,6 @@ class PoolingTokenizer:
             )
         return truncation.max_tokens
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
-        return text
-
     def _encode_all(self, texts: list[str | TextPair], add_special_tokens: bool) -> list[Any]:
         prompt = self._config.pair_prompt
         rows: list[Any] = []

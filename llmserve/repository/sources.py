@@ -57,7 +57,7 @@ def resolve_model(name: str, progress: Progress = no_progress) -> ModelSource:
     if path.exists():
         return _local(path, name)
     if (model := embedded.find(name)) is not None:
-        return ModelSource("embedded", embedded.fetch(model.name, progress), model.name, name)
+        return ModelSource("embedded", embedded.fetch_model(model, progress), model.name, name)
     repository, file = _split_hub_name(name)
     if repository is None:
         known = ", ".join(row.name for row in embedded.CATALOGUE)

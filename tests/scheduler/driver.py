@@ -105,7 +105,8 @@ class Driver:
     def check_empty(self) -> None:
         assert not self.requests
         assert self.kv_cache.num_free_blocks == self.kv_cache.num_blocks
-        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        stats = self.scheduler.stats()
+        assert stats.num_running == stats.num_waiting == 0
         output, updates = self.step()  # carries the last finished ids, and nothing else
         assert not output.num_scheduled_tokens
         assert not updates

@@ -58,7 +58,8 @@ class TestBudget:
         driver = Driver(max_num_seqs=2)
         driver.add(*(engine_request(name, prompt(2), max_tokens=2) for name in "abc"))
         assert list(driver.step()[0].num_scheduled_tokens) == ["a", "b"]
-        assert (driver.scheduler.num_running, driver.scheduler.num_waiting) == (2, 1)
+        stats = driver.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting) == (2, 1)
         driver.step()
         assert list(driver.step()[0].num_scheduled_tokens) == ["c"]
         driver.run()

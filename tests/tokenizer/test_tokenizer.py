@@ -61,7 +61,6 @@ def test_folder_encodes_as_llama_cpp_and_transformers(smollm2: Tokenizer, smollm
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(smollm2_path)
-    assert theirs.model_max_length == smollm2.max_length == 8192
     texts = [text for text, _ in VECTORS]
     assert smollm2.encode_batch(texts) == [ids for _, ids in VECTORS] == theirs(texts)["input_ids"]
     for _, ids in VECTORS:
@@ -168,11 +167,6 @@ def test_no_chat_template(write_folder: WriteFolder) -> None:
     assert tokenizer.chat_template is None
     with pytest.raises(InvalidRequestError, match="no default chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
-
-
-@pytest.mark.parametrize(("length", "expected"), [(512, 512), (1e30, None), (None, None), (10**30, None)])
-def test_max_length(write_folder: WriteFolder, length: Any, expected: int | None) -> None:
-    assert Tokenizer.from_path(write_folder(tokenizer_config={"model_max_length": length})).max_length == expected
 
 
 def test_text_that_is_not_unicode_is_the_requests_error(smollm2: Tokenizer) -> None:
