@@ -14,6 +14,7 @@ from llmserve.api.settings import ApiSettings
 from llmserve.api.v2_grpc import GrpcServer
 from llmserve.api.v2_llm import LanguageModel
 from llmserve.backends.general import GeneralModel
+from llmserve.backends.instance import InstanceSettings
 from llmserve.backends.pooling_model import PoolingModel
 from llmserve.config import RepositoryConfig, ServerConfig
 from llmserve.repository.data_plane import DataPlane
@@ -87,10 +88,11 @@ class GeneralModels:
         await self._repository.stop()
 
     def _open(self, name: str, version: str, version_path: Path, model_path: Path, config: ModelConfig) -> ModelVersion:
+        settings = InstanceSettings(log_level=self._server.log_level)
         if config.backend == POOLING:
-            return PoolingModel(name, version, version_path, model_path, config)
+            return PoolingModel(name, version, version_path, model_path, config, settings)
         inline = not self._inline.isdisjoint((name, "*"))
-        return GeneralModel(name, version, version_path, model_path, config, inline=inline)
+        return GeneralModel(name, version, version_path, model_path, config, settings, inline)
 
 
 class _LanguageModels:
