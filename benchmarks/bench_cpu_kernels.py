@@ -217,7 +217,6 @@ def attention_cases(ops: CPUOps, shape: Shape, rows: list[int], peaks: Peaks) ->
             block_table=torch.randperm(seqs * blocks).int().view(seqs, blocks),
             slot_mapping=torch.zeros(seqs * query_len, dtype=torch.int64),
             positions=torch.arange(context - query_len, context).repeat(seqs),
-            max_query_len=query_len,
             max_seq_len=context,
         )
         q = torch.randn(seqs * query_len, shape.num_heads, shape.head_dim).bfloat16()

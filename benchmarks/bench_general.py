@@ -34,22 +34,12 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from benchmarks.needs import psutil
+from benchmarks.triton.model_files import IDENTITY
 from llmserve.backends import transport
 from llmserve.backends.general import GeneralModel
 from llmserve.errors import DeadlineExceededError
 from llmserve.inference import InferRequest, Tensor
 
-IDENTITY = """
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            tensor = pb_utils.get_input_tensor_by_name(request, "INPUT0")
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", tensor.as_numpy())]))
-        return responses
-"""
 STREAM = """
 import triton_python_backend_utils as pb_utils
 
@@ -146,7 +136,7 @@ async def run_case(case: Case, folder: Path, num_requests: int) -> None:
         f"{case.name:<16}{case.predicted_us:>14.0f}{server + child:>10.1f}{server:>10.1f}{child:>10.1f}{batch:>12.1f}"
         f"{num_requests * case.responses / wall_s:>10.0f}"
     )
-    await model.stop(5.0)
+    await model.stop()
 
 
 async def latency(folder: Path) -> None:
@@ -157,7 +147,7 @@ async def latency(folder: Path) -> None:
         ask = asker(model, (1, 16))
         waits = sorted([await timed(ask) for _ in range(2000)])
         print(f"lone request, {what:<16} p50 {waits[1000] * 1e6:>6.0f} us   p99 {waits[1980] * 1e6:>6.0f} us")
-        await model.stop(5.0)
+        await model.stop()
     policy = "dynamic_batching { default_queue_policy { default_timeout_microseconds: 100000 } }"
     slow = IDENTITY.replace("responses = []", "import time; time.sleep(0.3); responses = []")
     model = await open_model(Case("slow", {"model.py": slow}, CONFIG + policy, 1, False, 0), folder)
@@ -167,7 +157,7 @@ async def latency(folder: Path) -> None:
     waits = await asyncio.gather(*(timed(ask) for _ in range(50)))
     await first
     print(f"queue time-out of 100 ms answered after {min(waits) * 1e3:.1f} to {max(waits) * 1e3:.1f} ms")
-    await model.stop(5.0)
+    await model.stop()
 
 
 async def timed(ask: Callable[[], Awaitable[None]]) -> float:
@@ -194,7 +184,7 @@ async def tensor_sizes(folder: Path) -> None:
             before = sum(cpu_seconds(model))
             await flood(ask, 4, 2000)
             costs.append(1e6 * (sum(cpu_seconds(model)) - before) / 2000)
-            await model.stop(5.0)
+            await model.stop()
         transport.SHARED_MEMORY_BYTES = limit
         print(f"{num_bytes:<16}{costs[0]:>14.0f}{costs[1]:>14.0f}")
 
@@ -206,7 +196,7 @@ async def load_cycles(folder: Path, num_cycles: int) -> None:
     for cycle in range(num_cycles + 1):
         model = await open_model(case, folder)
         await flood(asker(model, (16,)), 1, 1)
-        await model.stop(5.0)
+        await model.stop()
         if cycle % max(1, num_cycles // 6) == 0:
             print(
                 f"load cycle {cycle:>4}: {here.memory_info().rss >> 10} KiB, {here.num_fds()} descriptors, "

@@ -21,7 +21,6 @@ from llmserve.config import EngineConfig
 from llmserve.engine.assembly import make_core
 from llmserve.kernels.reference import ReferenceOps
 from llmserve.messages import EngineRequest, SamplingParams
-from llmserve.worker.device import DeviceMemory
 
 # Microseconds, written before the first run: 40 a step, and for a request 0.4 of scheduling, 0.5 of arrays and lists.
 STEP_US, REQUEST_US = 40.0, 0.9
@@ -53,10 +52,8 @@ class IdleDevice:
     def capture(self, work: Callable[[], None]) -> Nothing:
         return Nothing()
 
-    def memory(self) -> DeviceMemory:
-        return DeviceMemory(2**30, 2**30, 0, 0, 0)
-
-    def reset_peak(self) -> None: ...
+    def free_bytes(self) -> int:
+        return 2**30
 
     def release_cached(self) -> None: ...
 

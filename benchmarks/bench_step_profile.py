@@ -68,7 +68,7 @@ class TimedLibrary:
     """A library of kernels, each call of which is timed. Has what `CPUOps` looks for in a `Library`."""
 
     def __init__(self, library: Library, recorder: Recorder) -> None:
-        self.isa, self.num_threads, self.pool = library.isa, library.num_threads, library.pool
+        self.isa, self.pool = library.isa, library.pool
         self.linear = self._timed_linear(library.linear, recorder)
         for name in ("rms_norm", "gate_and_mul", "embedding", "rotary_and_cache", "paged_attention", "sample"):
             setattr(self, name, self._timed(name, getattr(library, name), recorder))
@@ -131,7 +131,6 @@ class Stepper:
             block_table=table,
             slot_mapping=slots,
             positions=positions,
-            max_query_len=length,
             max_seq_len=total,
         )
         return torch.randint(100, 20_000, (rows,)), meta
@@ -149,7 +148,7 @@ class Stepper:
     def attention_work(self, meta: AttentionMetadata) -> tuple[float, float]:
         """Bytes of the cache that a step reads, once, and its operations, in all layers."""
         config, seqs = self._config, meta.seq_lens.shape[0]
-        length, total = meta.max_query_len, meta.max_seq_len
+        length, total = meta.positions.shape[0] // seqs, meta.max_seq_len
         pairs = seqs * length * (2 * total - length + 1) / 2
         read = seqs * total * 2 * config.num_kv_heads * config.head_dim * self._model.dtype.itemsize
         return read * config.num_layers, 4.0 * pairs * config.num_heads * config.head_dim * config.num_layers

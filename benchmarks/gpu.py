@@ -11,7 +11,6 @@ models' part through its paces on the CPU, on a fake device and in tiny shapes: 
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import importlib.util
 import logging
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +31,9 @@ logger = logging.getLogger(__name__)
 LIMIT_S = 530  # of all together
 TESTS_LIMIT_S = 180
 PART_LIMIT_S = 120
+KERNELS = "kernels"
+# `PARTS` of gpu_engine.py, which only the process that measures one imports: what is missing fails a part, not all.
+MODEL_PARTS = ("small model", "large model", "fp8", "w4a16", "mixture of experts", "transformers")
 
 
 def missing() -> str:
@@ -43,26 +45,21 @@ def missing() -> str:
     return ""
 
 
-def kernel_part() -> Iterator[object]:
-    """Imported here, so that what is not installed fails one part of the table, not all."""
-    from benchmarks.gpu_kernels import kernel_rows
+def rows_of(part: str, is_dry: bool) -> Iterator[object]:
+    """What is measured."""
+    if part == KERNELS:
+        from benchmarks.gpu_kernels import kernel_rows
 
-    yield from kernel_rows()
-
-
-def model_parts(is_dry: bool) -> Iterator[tuple[str, Callable[[], Iterator[object]]]]:
-    """As above, for each part."""
+        return kernel_rows()
     from benchmarks.gpu_engine import PARTS, Machine
 
-    machine = Machine.dry() if is_dry else Machine.gpu()
-    for name, rows in PARTS.items():
-        yield name, functools.partial(rows, machine)
+    return PARTS[part](Machine.dry() if is_dry else Machine.gpu())
 
 
-def collect(name: str, rows: Callable[[], Iterator[object]]) -> Iterator[str]:
+def collect(name: str, is_dry: bool = False) -> Iterator[str]:
     """Lines of the table; a failure is one."""
     try:
-        for row in rows():
+        for row in rows_of(name, is_dry):
             line = "| {name} | {unit} | {target} | {predicted} | {result} |".format(**vars(row))
             print(line, flush=True)
             yield line
@@ -72,11 +69,6 @@ def collect(name: str, rows: Callable[[], Iterator[object]]) -> Iterator[str]:
         print(line, flush=True)
         yield line
     gc.collect()
-
-
-def parts() -> dict[str, Callable[[], Iterator[object]]]:
-    """All that is measured on a GPU, by name."""
-    return {"kernels": kernel_part, **dict(model_parts(is_dry=False))}
 
 
 def run_apart(name: str, limit_s: float) -> Iterator[str]:
@@ -99,7 +91,8 @@ def run_apart(name: str, limit_s: float) -> Iterator[str]:
 
 def dry_run() -> int:
     """The number of parts that failed."""
-    lines = [line for name, rows in model_parts(is_dry=True) for line in collect(name, rows)]
+    print("Dry: on a fake device and in tiny shapes. What follows was not measured on a GPU.", flush=True)
+    lines = [line for name in MODEL_PARTS for line in collect(name, is_dry=True)]
     return sum("| failed: " in line for line in lines)
 
 
@@ -110,7 +103,7 @@ def main() -> int:
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--only", choices=("kernels", "models"))
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--part", help="one part alone, in this process")
+    parser.add_argument("--part", choices=(KERNELS, *MODEL_PARTS), help="one part alone, in this process")
     args = parser.parse_args()
     if args.dry_run:
         return dry_run()
@@ -118,7 +111,7 @@ def main() -> int:
         print(reason)
         return 1
     if args.part:
-        for _ in collect(args.part, parts()[args.part]):
+        for _ in collect(args.part):
             pass
         return 0
     started = time.perf_counter()
@@ -127,8 +120,8 @@ def main() -> int:
     if not args.skip_tests:
         lines += [f"Tests on the device: {run_tests(TESTS_LIMIT_S)}", ""]
     lines += ["| what | measure | target | predicted | result |", "|---|---|---|---|---|"]
-    chosen = [name for name in parts() if args.only is None or (name == "kernels") == (args.only == "kernels")]
-    for name in chosen:
+    chosen = {"kernels": (KERNELS,), "models": MODEL_PARTS}
+    for name in chosen.get(args.only, (KERNELS, *MODEL_PARTS)):
         left_s = LIMIT_S - (time.perf_counter() - started)
         lines += run_apart(name, min(left_s, PART_LIMIT_S)) if left_s > 0 else [f"| {name} | | | | no time was left |"]
     lines.append(f"\n{time.perf_counter() - started:.0f} s in all.")

@@ -288,7 +288,7 @@ def _empty_cache(machine: Machine) -> None:
         torch.cuda.empty_cache()
 
 
-PARTS: dict[str, Callable[[Machine], Iterator[Row]]] = {
+PARTS: dict[str, Callable[[Machine], Iterator[Row]]] = {  # named in gpu.py too
     "small model": small_model_rows,
     "large model": large_model_rows,
     "fp8": fp8_rows,

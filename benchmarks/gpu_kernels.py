@@ -47,7 +47,6 @@ def decode_batch(ops: TritonOps, num_seqs: int, context: int, dtype: torch.dtype
         block_table=table,
         slot_mapping=torch.zeros(num_seqs, dtype=torch.int64, device=DEVICE),
         positions=torch.full((num_seqs,), context - 1, dtype=torch.int64, device=DEVICE),
-        max_query_len=1,
         max_seq_len=context,
     )
     q = torch.randn(num_seqs, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
@@ -65,7 +64,6 @@ def prefill_rows(ops: TritonOps, length: int) -> Row:
         block_table=torch.randperm(length // 16, device=DEVICE).int()[None],
         slot_mapping=torch.zeros(length, dtype=torch.int64, device=DEVICE),
         positions=torch.arange(length, device=DEVICE),
-        max_query_len=length,
         max_seq_len=length,
     )
     q = torch.randn(length, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
@@ -97,7 +95,6 @@ def streaming_rows(ops: TritonOps, bandwidth: float) -> Iterator[Row]:
         block_table=torch.arange(tokens // 16, device=DEVICE).int()[None],
         slot_mapping=torch.arange(tokens, device=DEVICE),
         positions=torch.arange(tokens, device=DEVICE),
-        max_query_len=tokens,
         max_seq_len=tokens,
     )
     cos_sin = torch.randn(tokens, HEAD_DIM, device=DEVICE)

@@ -89,7 +89,7 @@ def main() -> None:
         max_num_batched_tokens=BUDGET,
         vocab_size=49152,
     )
-    send(EngineReady(plan, 0.0))
+    send(EngineReady(plan))
     EngineLoop(core, inbox, send, launch.server_pid).run()
     context.destroy(linger=0)
 

@@ -50,7 +50,6 @@ def shape_case(
         block_table=torch.randperm(num_seqs * blocks, device=device).int().view(num_seqs, blocks),
         slot_mapping=positions,
         positions=positions,
-        max_query_len=queries,
         max_seq_len=context,
     )
     q = torch.randn(num_seqs * queries, HEADS, head_dim, device=device, dtype=torch.bfloat16)

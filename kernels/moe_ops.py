@@ -61,11 +61,9 @@ class MoEOps(Protocol):
         their formats differ and it matters."""
         ...
 
-    def grouped_linear(
-        self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows, out_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """x [t * k, in], rows as `rows` sorts them -> each times its expert's matrix, [t * k, out]. A row's bits do not
-        depend on the others."""
+    def grouped_linear(self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows) -> torch.Tensor:
+        """x [t * k, in], rows as `rows` sorts them -> each times its expert's matrix, [t * k, out] of x's dtype. A
+        row's bits do not depend on the others."""
         ...
 
     def combine_experts(

@@ -39,7 +39,6 @@ class AttentionMetadata:
     block_table: torch.Tensor  # int32 [num_seqs, max_blocks]
     slot_mapping: torch.Tensor  # int64 [num_tokens]: block id * block_size + offset
     positions: torch.Tensor  # int64 [num_tokens]
-    max_query_len: int
     max_seq_len: int
 
 
@@ -177,17 +176,17 @@ class Ops(Protocol):
         ...
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, fmt: str = "dense") -> LinearWeight:
-        """Packs a [out, in] weight; the caller drops its own reference. `fmt` "dense" keeps the dtype, "int8" and
-        "q8_0" make a byte of each weight, if `weight_formats` has them. Another is a ValueError."""
+        """Packs a [out, in] weight; the caller drops its own reference. `fmt` "dense" keeps the dtype; "int8",
+        "fp8" and "q8_0" make a byte of each weight, if `weight_formats` has them. Another is a ValueError."""
         ...
 
     def pack_quantized(
-        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+        self, raw: torch.Tensor, fmt: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
     ) -> LinearWeight:
-        """Packs a matrix of GGUF blocks, or of int8 rows ("int8": a row is its float32 scale and a signed byte for each
-        weight), raw uint8 [out, bytes of a row], and keeps its numbers; the caller drops its own reference. Rows may
-        have been joined or permuted. `order` int64 [in], of formats that end in "_order": which input stands at
-        each place. A type that is not in `weight_formats` is a ValueError."""
+        """Packs a matrix that is quantised already, raw uint8 [out, `row_bytes`] as `weight_formats.py` says, and keeps
+        its numbers; the caller drops its own reference. Rows may have been joined or permuted. `order` int64 [in], of
+        formats that end in "_order": which input stands at each place. A format that is not in `weight_formats` is a
+        ValueError."""
         ...
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:

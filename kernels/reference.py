@@ -78,10 +78,10 @@ class ReferenceOps:
         return OneDnnLinearWeight(weight, bias) if can_pack(weight) else DenseLinearWeight(weight, bias)
 
     def pack_quantized(
-        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+        self, raw: torch.Tensor, fmt: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
     ) -> LinearWeight:
         """Always a ValueError: dequantise, and pack the dense matrix."""
-        raise ValueError(f"The reference ops know the weight format 'dense', not {ggml_type!r}.")
+        raise ValueError(f"The reference ops know the weight format 'dense', not {fmt!r}.")
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         assert fmt in self.weight_formats

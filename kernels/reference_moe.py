@@ -51,17 +51,15 @@ class ReferenceMoE:
     def pack_experts(self, experts: Iterable[LinearWeight], num_experts: int) -> SeparateExperts:
         return SeparateExperts(experts)
 
-    def grouped_linear(
-        self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows, out_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def grouped_linear(self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows) -> torch.Tensor:
         """One product for each expert that has rows; a row's bits are those `linear` gives it."""
         assert isinstance(experts, SeparateExperts)
         offsets, num_outputs = rows.offsets.tolist(), experts.experts[0].out_features
-        out = torch.empty((x.shape[0], num_outputs), dtype=out_dtype or x.dtype, device=x.device)
+        out = torch.empty((x.shape[0], num_outputs), dtype=x.dtype, device=x.device)
         for expert, weight in enumerate(experts.experts):
             start, stop = offsets[expert], offsets[expert + 1]
             if start < stop:
-                out[start:stop] = self._ops.linear(x[start:stop], weight, out.dtype)
+                out[start:stop] = self._ops.linear(x[start:stop], weight)
         return out
 
     def combine_experts(

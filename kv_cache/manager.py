@@ -31,7 +31,7 @@ class KVCacheManager:
     def __init__(
         self,
         num_blocks: int,
-        block_size: int = 16,
+        block_size: int,
         enable_prefix_caching: bool = True,
         host_tier: HostTier | None = None,
     ) -> None:
@@ -56,11 +56,6 @@ class KVCacheManager:
     def num_cached_blocks(self) -> int:
         """Blocks that can be found by their content, held or free."""
         return len(self._cache)
-
-    @property
-    def usage(self) -> float:
-        """The share of the blocks that live requests hold, 0 to 1."""
-        return 1.0 - self._pool.num_free_blocks / self.num_blocks
 
     def block_ids(self, request_id: str) -> list[int]:
         """The request's block table, as a copy."""

@@ -14,6 +14,7 @@ from llmserve.api.settings import ApiSettings
 from llmserve.api.v2_grpc import GrpcServer
 from llmserve.api.v2_llm import LanguageModel
 from llmserve.backends.general import GeneralModel
+from llmserve.backends.instance import InstanceSettings
 from llmserve.backends.pooling_model import PoolingModel
 from llmserve.config import RepositoryConfig, ServerConfig
 from llmserve.repository.data_plane import DataPlane
@@ -36,12 +37,12 @@ class GeneralModels:
         llms: ServedModels,
         language_models: LanguageModels,
         api: ApiSettings,
-        entrance: Entrance | None = None,
-        named: Mapping[str, Path] | None = None,
+        entrance: Entrance,
+        named: Mapping[str, Path],
     ) -> None:
         """`named` are models that stand in no repository, by name."""
         self._server = server
-        self._entrance = entrance or Entrance()
+        self._entrance = entrance
         self._inline = frozenset(config.inline)
         self._repository = ModelRepository(_repository_settings(config, server), self._open, named)
         self.pooling = PoolingModels(self._repository)
@@ -87,10 +88,11 @@ class GeneralModels:
         await self._repository.stop()
 
     def _open(self, name: str, version: str, version_path: Path, model_path: Path, config: ModelConfig) -> ModelVersion:
+        settings = InstanceSettings(log_level=self._server.log_level)
         if config.backend == POOLING:
-            return PoolingModel(name, version, version_path, model_path, config)
+            return PoolingModel(name, version, version_path, model_path, config, settings)
         inline = not self._inline.isdisjoint((name, "*"))
-        return GeneralModel(name, version, version_path, model_path, config, inline=inline)
+        return GeneralModel(name, version, version_path, model_path, config, settings, inline)
 
 
 class _LanguageModels:

@@ -6,7 +6,6 @@ padding; a BYTES element is its length as uint32, then its bytes (as on the wire
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -39,10 +38,6 @@ class Tensor:
     shape: tuple[int, ...]
     data: bytes | bytearray | memoryview
 
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
 
 @dataclass(slots=True)
 class RequestedOutput:
@@ -50,7 +45,6 @@ class RequestedOutput:
 
     name: str
     classification: int = 0
-    parameters: dict[str, Parameter] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -48,14 +48,6 @@ class JsonFields:
             raise self.error(key, "a string", value)
         return value
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """An id, a list of ids or nothing."""
-        value = self.values.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-            raise self.error(key, "a token id or a list of them", value)
-        return tuple(ids)
-
     def child(self, key: str) -> JsonFields:
         """A nested object; absent or null is an empty one."""
         value = self.values.get(key)

@@ -137,8 +137,6 @@ class StepOutputs(msgspec.Struct, tag="step"):
 class Heartbeat(msgspec.Struct, tag="heartbeat"):
     """Sent by the loop's own thread when it falls idle and while it is: a hung loop sends none."""
 
-    step: int
-    time_s: float
     stats: EngineStats
 
 
@@ -176,7 +174,6 @@ class EngineReady(msgspec.Struct, tag="ready"):
     """The engine takes requests."""
 
     plan: MemoryPlan
-    load_s: float
 
 
 class EngineFailed(msgspec.Struct, tag="failed"):

@@ -30,28 +30,16 @@ _INTER_TOKEN_S = (
 )
 # fmt: on
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _PARAMS_N = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 
 
-def one_two_five(largest: int) -> tuple[int, ...]:
-    """Bounds 1, 2, 5, 10, 20, ... up to and including the last one that is no larger than `largest`."""
-    bounds: list[int] = []
-    power = 1
-    while True:
-        for mantissa in (1, 2, 5):
-            if mantissa * power > largest:
-                return tuple(bounds) or (1,)
-            bounds.append(mantissa * power)
-        power *= 10
-
-
 class ModelMetrics:
-    """What happened to the requests of one served LLM. `max_model_len` bounds the buckets that count tokens."""
+    """What happened to the requests of one served LLM."""
 
-    def __init__(self, model_name: str, max_model_len: int = 131072) -> None:
+    def __init__(self, model_name: str) -> None:
         self.model_name = model_name
-        tokens = one_two_five(max_model_len)
         self.num_requests_running = 0
         self.num_requests_waiting = 0
         self.kv_cache_usage = 0.0  # share of blocks, 0 to 1
@@ -83,11 +71,10 @@ class ModelMetrics:
         self.inference_s = Histogram(_LATENCY_S)
         self.prefill_s = Histogram(_LATENCY_S)
         self.decode_s = Histogram(_LATENCY_S)
-        self.request_prompt_tokens = Histogram(tokens)
-        self.request_generation_tokens = Histogram(tokens)
-        self.request_prefill_kv_computed_tokens = Histogram(tokens)
-        self.request_max_num_generation_tokens = Histogram(tokens)
-        self.request_params_max_tokens = Histogram(tokens)
+        self.request_prompt_tokens = Histogram(_TOKENS)
+        self.request_generation_tokens = Histogram(_TOKENS)
+        self.request_prefill_kv_computed_tokens = Histogram(_TOKENS)
+        self.request_params_max_tokens = Histogram(_TOKENS)
         self.request_params_n = Histogram(_PARAMS_N)
         self.request_num_preemptions = Histogram(_PREEMPTIONS)
         self.engine_recovery_s = Histogram(_LATENCY_S)
@@ -139,20 +126,16 @@ class ModelMetrics:
         prefill_s: float | None = None,
         decode_s: float | None = None,
         num_preemptions: int = 0,
-        max_generation_tokens: int | None = None,
     ) -> None:
-        """A request ended.
+        """A request ended; each of the `n` sequences of one prompt is a request of its own.
 
         A time is None where the request never came so far: a request that is aborted in the queue has no prefill, and
-        a zero there would say that prefill is fast. With `n > 1`, `generation_tokens` is that of all sequences
-        together and `max_generation_tokens` that of the longest (default: `generation_tokens`).
+        a zero there would say that prefill is fast.
         """
         self.finished[reason] += 1
         self.prompt_tokens_cached += cached_tokens
         self.request_prompt_tokens.observe(prompt_tokens)
         self.request_generation_tokens.observe(generation_tokens)
-        longest = generation_tokens if max_generation_tokens is None else max_generation_tokens
-        self.request_max_num_generation_tokens.observe(longest)
         self.request_num_preemptions.observe(num_preemptions)
         self.e2e_s.observe(e2e_s)
         if queue_s is not None:
@@ -163,8 +146,8 @@ class ModelMetrics:
             self.inference_s.observe(prefill_s + (decode_s or 0.0))
         if decode_s is not None:
             self.decode_s.observe(decode_s)
-            if longest > 1:
-                self.time_per_output_token_s.observe(decode_s / (longest - 1))
+            if generation_tokens > 1:
+                self.time_per_output_token_s.observe(decode_s / (generation_tokens - 1))
 
     def client_disconnected(self) -> None:
         """A client went away before its answer was complete."""
@@ -176,9 +159,7 @@ class ModelMetrics:
         self.requests_resubmitted += num_resubmitted
         self.engine_recovery_s.observe(recovery_s)
 
-    def set_cache_config(
-        self, block_size: int, num_blocks: int, cache_dtype: str = "auto", prefix_caching: bool = True
-    ) -> None:
+    def set_cache_config(self, block_size: int, num_blocks: int, cache_dtype: str, prefix_caching: bool) -> None:
         """What `cache_config_info` says, in the words that routers read there."""
         self.cache_config = {
             "block_size": str(block_size),
@@ -228,7 +209,8 @@ class ModelMetrics:
         yield "request_prompt_tokens", "Prompt tokens of a request.", self.request_prompt_tokens
         yield "request_generation_tokens", "Tokens generated for a request.", self.request_generation_tokens
         yield "request_prefill_kv_computed_tokens", "Prompt tokens not cached.", self.request_prefill_kv_computed_tokens
-        yield "request_max_num_generation_tokens", "Longest sequence.", self.request_max_num_generation_tokens
+        # Counted by request, vLLM's longest sequence of a request is its only one.
+        yield "request_max_num_generation_tokens", "Longest sequence.", self.request_generation_tokens
         yield "request_params_max_tokens", "max_tokens of a request.", self.request_params_max_tokens
         yield "request_params_n", "n of a request.", self.request_params_n
         yield "request_num_preemptions", "Preemptions of a request.", self.request_num_preemptions
@@ -249,14 +231,6 @@ class Metrics(Collector):
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
         self._registry.register(self)
-
-    def add_model(self, metrics: ModelMetrics) -> None:
-        """Exposes a model's series, in place of those of a model of the same name."""
-        self._models[metrics.model_name] = metrics
-
-    def remove_model(self, model_name: str) -> None:
-        """Drops the series of a model that is no longer served."""
-        self._models.pop(model_name, None)
 
     def model(self, name: str) -> ModelMetrics:
         """The metrics of a served model; made at first use."""

@@ -80,7 +80,6 @@ class PoolingConfig:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     similarity: Similarity = "cosine"
-    matryoshka_dimensions: tuple[int, ...] = ()  # those it was trained for; empty: not stated
     labels: tuple[str, ...] = ()
     activation: ScoreActivation = "identity"  # from logits to scores
     judging_token_ids: tuple[int, ...] = ()  # score = logit of the first, minus that of the second if there are two
@@ -134,7 +133,6 @@ def read_pooling_config(folder: Path) -> PoolingConfig:
         prompts=prompts,
         default_prompt_name=default_prompt_name,
         similarity=_similarity(settings),
-        matryoshka_dimensions=tuple(sorted(fields.token_ids("matryoshka_dimensions"))),
         labels=labels,
         activation=_activation(fields, settings, len(labels), judges=bool(judging)),
         judging_token_ids=judging,

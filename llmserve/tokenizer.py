@@ -43,14 +43,13 @@ _END_TOKENS = frozenset(
     )
 )
 _HARMONY = frozenset({"<|return|>", "<|call|>"})  # where these end an answer, <|end|> only ends one of its messages
-_UNLIMITED = 10**9  # transformers writes 1e30 for "no limit"
 
 
 class Tokenizer:
     """Immutable after loading, and safe to use from several threads: encoding releases the GIL.
 
     `vocab_size` counts ids with added tokens; a model's embedding may have more rows. `eos_token_ids` holds every token
-    that ends an answer, the model's own first. `max_length` is the longest context the tokenizer's files name, or None.
+    that ends an answer, the model's own first.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -63,10 +62,8 @@ class Tokenizer:
         _mark_special(backend, {*self.special_tokens.values(), *files.extra_special_tokens})
         added: dict[int, Any] = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.bos_token_id = self._special_id("bos_token")
         self.eos_token_ids = self._end_ids(files.eos_token_ids, added)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.max_length = files.max_length if files.max_length and files.max_length < _UNLIMITED else None
         self._wrap(files.add_bos_token, files.add_eos_token)
         self._templates = {
             name: ChatTemplate(source, self.special_tokens) for name, source in files.chat_templates.items()

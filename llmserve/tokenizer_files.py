@@ -27,7 +27,6 @@ class TokenizerFiles:
     eos_token_ids: tuple[int, ...] = ()
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
-    max_length: int | None = None
     chat_templates: dict[str, str]  # name -> Jinja source; the usual one is "default"
 
 
@@ -62,7 +61,6 @@ def _read_gguf(path: Path) -> TokenizerFiles:
         backend=tokenizer.backend,
         special_tokens=_special_tokens(config),
         eos_token_ids=tokenizer.eos_token_ids,
-        max_length=config.get("model_max_length"),
         chat_templates={**default, **dict(named_templates(file))},
     )
 
@@ -79,7 +77,6 @@ def _read_folder(folder: Path) -> TokenizerFiles:
         eos_token_ids=_configured_ends(folder),
         add_bos_token=config.get("add_bos_token"),
         add_eos_token=config.get("add_eos_token"),
-        max_length=_as_length(config.get("model_max_length")),
         chat_templates=_chat_templates(folder, config),
     )
 
@@ -126,18 +123,16 @@ def _texts(values: Iterable[Any]) -> Iterable[str]:
 
 
 def _configured_ends(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json and config.json: an id or a list of them."""
+    """`eos_token_id` of generation_config.json and config.json: an id or a list of them. Raises ModelLoadError."""
     ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
         config = read_json(folder / name)
         value = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
-        values = value if isinstance(value, list) else [value]
-        ends.extend(end for end in values if isinstance(end, int))
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(end, int) for end in values):
+            raise ModelLoadError(f"{folder / name}: eos_token_id must be a token id or a list of them, not {value!r}.")
+        ends += values
     return tuple(dict.fromkeys(ends))
-
-
-def _as_length(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

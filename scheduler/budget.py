@@ -38,7 +38,7 @@ class FixedBudget:
         """A fixed budget learns nothing."""
 
 
-def check_limits(max_num_seqs: int, max_num_batched_tokens: int, threshold: int, watermark: float) -> None:
+def check_limits(max_num_seqs: int, max_num_batched_tokens: int, watermark: float) -> None:
     """Raises ConfigError for limits of a scheduler that could not work."""
     if max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs must be at least 1, not {max_num_seqs}.")
@@ -47,7 +47,5 @@ def check_limits(max_num_seqs: int, max_num_batched_tokens: int, threshold: int,
             f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), or a "
             "step could not give every running request one token."
         )
-    if threshold < 0:
-        raise ConfigError(f"long_prefill_token_threshold must be 0 or more, not {threshold}.")
     if not 0 <= watermark < 1:
         raise ConfigError(f"watermark must be a share of the blocks from 0 to below 1, not {watermark}.")

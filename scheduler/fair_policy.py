@@ -32,7 +32,6 @@ class _Charge:
     weight: float
     start: float
     cost: float  # as charged, over the weight
-    num_expected: float
     num_prompt_tokens: int
 
 
@@ -56,7 +55,7 @@ class FairPolicy:
         num_expected = min(self._expected.get(tenant, _FIRST_GUESS_TOKENS), request.params.max_tokens)
         num_prompt_tokens = len(request.prompt_token_ids)
         cost = (num_prompt_tokens + _GENERATED_COST * num_expected) / weight
-        self._charges[request.request_id] = _Charge(tenant, weight, start, cost, num_expected, num_prompt_tokens)
+        self._charges[request.request_id] = _Charge(tenant, weight, start, cost, num_prompt_tokens)
         self._ends[tenant] = start + cost
         return start
 

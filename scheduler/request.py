@@ -135,11 +135,15 @@ def check_prompt(num_prompt_tokens: int, num_pool_tokens: int, max_model_len: in
         )
 
 
+def is_penalised(params: SamplingParams) -> bool:
+    """Whether tokens seen before are made less, or more, likely."""
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
 def _depends_on_output(params: SamplingParams) -> bool:
     """Whether the choice of a token depends on those generated before it by more than the model's logits.
 
     Rows that verify drafts are sampled side by side, with one history: what is in doubt stays out of the penalties.
     (`min_tokens` looks only at their number: see `Request.min_num_tokens`.)
     """
-    penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-    return penalises or bool(params.bad_words)
+    return is_penalised(params) or bool(params.bad_words)

@@ -49,15 +49,13 @@ class Scheduler:
         budget: TokenBudget,
         max_num_seqs: int,
         max_model_len: int,
-        long_prefill_token_threshold: int = 0,
         watermark: float = 0.01,
         drafter: Drafter | None = None,
     ) -> None:
-        """`long_prefill_token_threshold` caps the tokens of one request in a step (0: no cap). A waiting request is
-        admitted only if `watermark`, a share of all blocks, stays free for those that run; when nothing runs it is not
-        held to that. Without a `drafter` there is no speculation. Raises ConfigError.
+        """A waiting request is admitted only if `watermark`, a share of all blocks, stays free for those that run; when
+        nothing runs it is not held to that. Without a `drafter` there is no speculation. Raises ConfigError.
         """
-        check_limits(max_num_seqs, budget.max_num_batched_tokens, long_prefill_token_threshold, watermark)
+        check_limits(max_num_seqs, budget.max_num_batched_tokens, watermark)
         self._kv_cache = kv_cache
         self._policy = policy
         self._budget = budget
@@ -65,7 +63,6 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._num_pool_tokens = kv_cache.num_blocks * kv_cache.block_size
         self._max_model_len = min(max_model_len, self._num_pool_tokens)
-        self._max_chunk = long_prefill_token_threshold or budget.max_num_batched_tokens
         self._num_watermark_blocks = math.ceil(watermark * kv_cache.num_blocks)
         self._requests: dict[str, Request] = {}
         self._waiting = RequestQueue()
@@ -73,15 +70,6 @@ class Scheduler:
         self._finished_ids: list[str] = []  # known to the worker, not yet told to it
         self._num_added = 0
         self._stats = EngineStats(0, 0, 0, kv_cache.num_blocks)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that hold no blocks: new and preempted ones."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
 
     def has_work(self) -> bool:
         """Whether any request is unfinished. `finished_ids` not yet sent are no work: they go with the next step."""
@@ -198,7 +186,7 @@ class Scheduler:
                 num_left -= 1
             elif num_new:  # a chunk of a prompt, or several tokens sampled in one step
                 num_behind = len(running) - len(scheduled) - 1
-                num_new = min(num_new, self._max_chunk, num_left - num_behind)
+                num_new = min(num_new, num_left - num_behind)
                 self._schedule_chunk(request, num_new, output)
                 num_left -= num_new
         return num_left
@@ -279,7 +267,7 @@ class Scheduler:
             else:
                 output.resumed_requests[request.request_id] = ResumedRequestData(block_ids, request.num_computed_tokens)
             request.status = RequestStatus.RUNNING
-            num_new = min(request.num_tokens - request.num_computed_tokens, self._max_chunk, num_left)
+            num_new = min(request.num_tokens - request.num_computed_tokens, num_left)
             self._schedule_chunk(request, num_new, output)
             num_left -= num_new
         return num_left
@@ -291,8 +279,7 @@ class Scheduler:
             return
         candidates = []
         for request in self._running:
-            max_drafts = min(request.max_drafts, self._max_chunk - scheduled[request.request_id])
-            if max_drafts > 0:
+            if (max_drafts := request.max_drafts) > 0:
                 candidates.append(DraftCandidate(request.request_id, request.token_ids, max_drafts))
         for request_id, drafts in drafter.draft(candidates, min(num_left, MAX_STEP_DRAFTS)).items():
             num_drafts = self._make_room(self._requests[request_id], len(drafts), output)

@@ -67,13 +67,6 @@ class TextBatcher:
             self._dequeue(text)
         return text is not None
 
-    def drain(self) -> list[int]:
-        """Takes every text out; their ids."""
-        ids = list(self._queued)
-        for text_id in ids:
-            self.remove(text_id)
-        return ids
-
     def next_batch(self, now_s: float) -> list[QueuedText]:
         """The texts to run now, all of one kind, within the budget; one that is longer than the budget runs alone."""
         chosen: list[QueuedText] = []

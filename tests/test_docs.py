@@ -14,11 +14,11 @@ from llmserve.config import EngineConfig, ServerConfig, setting_names
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
-README = (ROOT / "README.md").read_text()
+GUIDES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/operating.md"))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDES, re.MULTILINE | re.DOTALL)
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
@@ -35,20 +35,20 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_every_flag_the_readme_names_exists() -> None:
+def test_every_flag_the_guides_name_exists() -> None:
     known = {flag for parser in subparsers().values() for action in parser._actions for flag in action.option_strings}
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDES))
     assert used - known == set()
 
 
-def test_every_command_the_readme_names_exists() -> None:
-    assert set(re.findall(r"llmserve (serve|chat|bench|models|pull|keys)\b", README)) <= set(subparsers())
+def test_every_command_the_guides_name_exists() -> None:
+    assert set(re.findall(r"llmserve (serve|chat|bench|models|pull|keys)\b", GUIDES)) <= set(subparsers())
 
 
 def test_python_examples_compile() -> None:
     assert blocks("python")
     for block in blocks("python"):
-        compile(block, "README.md", "exec")
+        compile(block, "<guide>", "exec")
 
 
 def test_the_readme_shows_the_example_as_it_is() -> None:

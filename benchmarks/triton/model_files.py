@@ -8,7 +8,7 @@ NUM_STREAMED = 100
 QUEUE_TIMEOUT_MS = 100
 SLOW_S = 0.3
 
-_IDENTITY = """
+IDENTITY = """
 import triton_python_backend_utils as pb_utils
 
 
@@ -20,7 +20,7 @@ class TritonPythonModel:
             responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", tensor.as_numpy())]))
         return responses
 """
-_SLOW = _IDENTITY.replace("responses = []", f"import time; time.sleep({SLOW_S}); responses = []")
+_SLOW = IDENTITY.replace("responses = []", f"import time; time.sleep({SLOW_S}); responses = []")
 _MLP = """
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -65,12 +65,12 @@ _BATCHES = "max_batch_size: 32\n"
 _TIMEOUT = f"default_timeout_microseconds: {QUEUE_TIMEOUT_MS * 1000}"
 
 _MODELS = {
-    "identity": (_IDENTITY, _VECTOR),
+    "identity": (IDENTITY, _VECTOR),
     "mlp": (_MLP, _VECTOR + _BATCHES + "dynamic_batching { }"),
     "stream": (_STREAM, _TOKEN + "model_transaction_policy { decoupled: true }"),
     "slow": (_SLOW, _VECTOR + f"dynamic_batching {{ default_queue_policy {{ {_TIMEOUT} }} }}"),
-    "no_delay": (_IDENTITY, _VECTOR + _BATCHES + "dynamic_batching { }"),
-    "delay": (_IDENTITY, _VECTOR + _BATCHES + "dynamic_batching { max_queue_delay_microseconds: 500 }"),
+    "no_delay": (IDENTITY, _VECTOR + _BATCHES + "dynamic_batching { }"),
+    "delay": (IDENTITY, _VECTOR + _BATCHES + "dynamic_batching { max_queue_delay_microseconds: 500 }"),
 }
 
 

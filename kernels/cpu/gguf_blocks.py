@@ -21,11 +21,11 @@ def pack_raw(raw: torch.Tensor, fmt: str, bias: torch.Tensor | None, memory: Wei
     return pack_int8_rows(raw, bias, memory) if fmt.lower() == INT8 else pack_gguf(raw, fmt, bias, memory)
 
 
-def pack_gguf(raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
+def pack_gguf(raw: torch.Tensor, fmt: str, bias: torch.Tensor | None, memory: WeightMemory) -> CPULinearWeight:
     """raw uint8 [out, bytes of a row], rows as in the file -> a weight of the same format. Raises ValueError."""
-    name = ggml_type.lower()
+    name = fmt.lower()
     if name not in GGUF_FORMATS:
-        raise ValueError(f"The CPU kernels compute the GGUF types {', '.join(GGUF_FORMATS)}, not {ggml_type!r}.")
+        raise ValueError(f"The CPU kernels compute the GGUF types {', '.join(GGUF_FORMATS)}, not {fmt!r}.")
     weights, block_bytes = GGUF_FORMATS[name]
     out_features, row_bytes = raw.shape
     if raw.dtype != torch.uint8 or row_bytes % block_bytes:

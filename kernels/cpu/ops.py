@@ -45,7 +45,6 @@ class CPUOps:
 
     def __init__(self, library: Library) -> None:
         self.isa = library.isa
-        self.num_threads = library.num_threads
         self._library = library
         self._pool = library.pool
         self._weights = WeightMemory()
@@ -68,16 +67,17 @@ class CPUOps:
             return pack_q8_0(weight, bias, self._weights)
         if fmt != DENSE:
             raise ValueError(f"The CPU kernels make the weight formats 'dense', 'int8' and 'q8_0', not {fmt!r}.")
-        _dtype_of(weight)
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"The CPU kernels compute in float32 or bfloat16, not {weight.dtype}: choose --dtype.")
         return pack_dense(weight, bias, self._weights)
 
     def pack_quantized(
-        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+        self, raw: torch.Tensor, fmt: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
     ) -> LinearWeight:
         """A GGUF matrix as it lies in its file, raw uint8 [out, bytes of a row], kept in its own format: "q8_0",
         "q4_0", "q4_1" or "q4_k"; or rows of "int8". Rows may be joined (qkv). Another type is a ValueError."""
         assert order is None  # there are no such formats here
-        return pack_raw(raw, ggml_type, bias, self._weights)
+        return pack_raw(raw, fmt, bias, self._weights)
 
     def linear_bytes(self, fmt: str, out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool) -> int:
         return packed_bytes(fmt, out_features, in_features, dtype.itemsize, has_bias)
@@ -341,9 +341,3 @@ def usable_cores() -> int:
 def _data(tensor: torch.Tensor) -> int:
     assert tensor.is_contiguous()
     return tensor.data_ptr()
-
-
-def _dtype_of(tensor: torch.Tensor) -> int:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"The CPU kernels compute in float32 or bfloat16, not {tensor.dtype}: choose --dtype.")
-    return DTYPES[tensor.dtype]

@@ -71,11 +71,9 @@ class TritonMoE:
         """One tensor of all; experts of different formats are a ValueError."""
         return stack_experts((_own(expert) for expert in experts), num_experts)
 
-    def grouped_linear(
-        self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows, out_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def grouped_linear(self, x: torch.Tensor, experts: ExpertWeights, rows: ExpertRows) -> torch.Tensor:
         assert isinstance(experts, PackedWeight)
-        return self._ops.multiply(x, experts, out_dtype, rows.offsets)
+        return self._ops.multiply(x, experts, offsets=rows.offsets)
 
     def combine_experts(
         self,

@@ -66,15 +66,15 @@ class TritonOps:
         return DenseLinearWeight(weight, bias) if fmt == DENSE else pack_bytes(weight, bias, fmt)
 
     def pack_quantized(
-        self, raw: torch.Tensor, ggml_type: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
+        self, raw: torch.Tensor, fmt: str, bias: torch.Tensor | None = None, order: torch.Tensor | None = None
     ) -> LinearWeight:
         """Rows of 4 or 8 bits with their scales. GGUF's blocks are a ValueError: dequantise them, and pack that."""
-        self._check_format(ggml_type, (INT8, FP8, FP8_G128, MXFP4, *W4A16_GROUPS))
-        if ggml_type == MXFP4:
+        self._check_format(fmt, (INT8, FP8, FP8_G128, MXFP4, *W4A16_GROUPS))
+        if fmt == MXFP4:
             return pack_mxfp4_rows(raw, bias)
-        if ggml_type in W4A16_GROUPS:
-            return pack_group_rows(raw, bias, ggml_type, order)
-        return pack_byte_rows(raw, bias, ggml_type)
+        if fmt in W4A16_GROUPS:
+            return pack_group_rows(raw, bias, fmt, order)
+        return pack_byte_rows(raw, bias, fmt)
 
     def _check_format(self, fmt: str, wanted: tuple[str, ...]) -> None:
         formats = [name for name in wanted if name in self.weight_formats]

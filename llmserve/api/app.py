@@ -1,4 +1,4 @@
-"""The ASGI application: which route is answered by what. Knows no engine; `cli.py` hands it the models."""
+"""The ASGI application: which route is answered by what. Knows no engine; `serve.py` hands it the models."""
 
 from __future__ import annotations
 

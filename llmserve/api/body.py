@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from llmserve.api.http_protocol import MAX_LENGTH_DIGITS
 from llmserve.errors import InvalidRequestError, RequestTooLargeError
 
 
@@ -60,7 +61,7 @@ def _has_body(request: Request) -> bool:
 async def _read(request: Request, max_body_bytes: int) -> bytes:
     """Stops at the limit, whatever Content-Length says."""
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and len(declared) <= 20 and int(declared) > max_body_bytes:  # more: mostly zeros
+    if declared.isdigit() and len(declared) <= MAX_LENGTH_DIGITS and int(declared) > max_body_bytes:
         raise _too_large(max_body_bytes)
     chunks: list[bytes] = []
     size = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,8 +19,6 @@ from llmserve.api.stream import EventEncoder
 from llmserve.backends.generation import Generation
 from llmserve.errors import InvalidRequestError, LLMServeError, QueueFullError, StreamConflictError, StreamGoneError
 from llmserve.request_context import current_request
-
-logger = logging.getLogger(__name__)
 
 _END = b"\n\n"
 _MAX_KEY_CHARS = 255

@@ -1,4 +1,4 @@
-"""The bounds of the HTTP surface. Knows no flags: `cli.py` fills it in."""
+"""The bounds of the HTTP surface. Knows no flags: `serve.py` fills it in."""
 
 from __future__ import annotations
 

@@ -14,6 +14,13 @@ from llmserve.errors import (
     QueueFullError,
 )
 
+# What both wires refuse alike.
+REPOSITORY_NAME = "'repository_name' specification is not supported"
+SHARED_MEMORY = "shared memory is not served yet: send tensors in the requests themselves"
+TENSOR_IN_SHARED_MEMORY = (
+    "shared memory is not served yet: send the tensor in the request ('shared_memory_region' of '{}')"
+)
+
 # The first class of an error's method resolution order that stands here decides.
 _KINDS: dict[type[BaseException], str] = {
     InvalidRequestError: InferenceError.INVALID_ARG,

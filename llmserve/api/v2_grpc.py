@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -16,13 +15,7 @@ from llmserve.api.v2_grpc_service import ErrorInterceptor, HealthService, Infere
 from llmserve.errors import ConfigError
 from llmserve.repository.data_plane import DataPlane
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrpcSettings:
-    """Triton's flags `--grpc-...`. Messages are unlimited unless set: clients choose their own limit."""
-
-    max_message_bytes: int = -1
-    response_compression: str = "none"  # none, deflate or gzip
+_UNLIMITED = -1  # as Triton's are: clients choose their own limit
 
 
 class GrpcServer:
@@ -33,29 +26,21 @@ class GrpcServer:
         plane: DataPlane,
         host: str,
         port: int,
-        settings: GrpcSettings | None = None,
         *,
         interceptors: Sequence[Any] = (),
         credentials: Any = None,
     ) -> None:
         """`interceptors` stand before all methods; `credentials` make it TLS."""
-        settings = settings or GrpcSettings()
         self._credentials = credentials
-        compressions = {
-            "none": grpc.Compression.NoCompression,
-            "deflate": grpc.Compression.Deflate,
-            "gzip": grpc.Compression.Gzip,
-        }
         self._host = host
         self.port = port  # the one bound, once started
         self._server = grpc.aio.server(
             interceptors=(*interceptors, ErrorInterceptor()),
             options=(
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.max_receive_message_length", _UNLIMITED),
+                ("grpc.max_send_message_length", _UNLIMITED),
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
             ),
-            compression=compressions[settings.response_compression],
         )
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(plane), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(plane), self._server)

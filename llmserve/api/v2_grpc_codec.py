@@ -10,6 +10,7 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
+from llmserve.api.v2_errors import TENSOR_IN_SHARED_MEMORY
 from llmserve.api.v2_infer_json import UNKNOWN_DATATYPE
 from llmserve.api.v2_parameters import RESERVED_PREFIX, read_common
 from llmserve.errors import InferenceError, InvalidRequestError
@@ -21,7 +22,6 @@ _RESERVED = (
     "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys starting with "
     f"'triton_' are allowed: {_EMPTY_FINAL}"
 )
-_SHARED_MEMORY = "shared memory is not served yet: send the tensor in the request ('shared_memory_region' of '{}')"
 
 # (field of InferTensorContents, the datatype it is named after in errors, array code of each datatype it carries)
 _CONTENTS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -101,7 +101,7 @@ def _read_inputs(message: service_pb2.ModelInferRequest) -> list[Tensor]:
     tensors = []
     for position, item in enumerate(message.inputs):
         if item.parameters and "shared_memory_region" in item.parameters:
-            raise InferenceError(_SHARED_MEMORY.format(item.name), InferenceError.UNSUPPORTED)
+            raise InferenceError(TENSOR_IN_SHARED_MEMORY.format(item.name), InferenceError.UNSUPPORTED)
         shape = tuple(item.shape)
         datatype = item.datatype
         if datatype not in DATATYPE_SIZES and datatype != "BYTES":
@@ -171,7 +171,7 @@ def _classification(output: Any) -> int:
     if not output.parameters:
         return 0
     if "shared_memory_region" in output.parameters:
-        raise InferenceError(_SHARED_MEMORY.format(output.name), InferenceError.UNSUPPORTED)
+        raise InferenceError(TENSOR_IN_SHARED_MEMORY.format(output.name), InferenceError.UNSUPPORTED)
     if "classification" not in output.parameters:
         return 0
     count = _unsigned(parameter_value(output.parameters["classification"]), "classification")

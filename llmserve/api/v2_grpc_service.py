@@ -12,7 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from llmserve.api.v2_errors import error_kind, error_text
+from llmserve.api.v2_errors import REPOSITORY_NAME, SHARED_MEMORY, error_kind, error_text
 from llmserve.api.v2_grpc_codec import read_request, write_response
 from llmserve.api.v2_grpc_stream import InferenceStream
 from llmserve.api.v2_statistics import statistics_json
@@ -20,9 +20,6 @@ from llmserve.errors import InferenceError, InvalidRequestError, LLMServeError
 from llmserve.repository.data_plane import DataPlane, TensorMetadata
 
 logger = logging.getLogger(__name__)
-
-_REPOSITORY_NAME = "'repository_name' specification is not supported"
-_SHARED_MEMORY = "shared memory is not served yet: send tensors in the requests themselves"
 
 _STATUSES = {
     InferenceError.INTERNAL: grpc.StatusCode.INTERNAL,
@@ -207,7 +204,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
         """Not served yet."""
-        raise InferenceError(_SHARED_MEMORY, InferenceError.UNSUPPORTED)
+        raise InferenceError(SHARED_MEMORY, InferenceError.UNSUPPORTED)
 
     async def SystemSharedMemoryUnregister(
         self, request: Any, context: Any
@@ -222,7 +219,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:
         """Not served yet."""
-        raise InferenceError(_SHARED_MEMORY, InferenceError.UNSUPPORTED)
+        raise InferenceError(SHARED_MEMORY, InferenceError.UNSUPPORTED)
 
     async def CudaSharedMemoryUnregister(
         self, request: Any, context: Any
@@ -255,7 +252,7 @@ _LOG_KINDS = {
 
 def _refuse_repository_name(request: Any) -> None:
     if request.repository_name:
-        raise InferenceError(_REPOSITORY_NAME, InferenceError.UNSUPPORTED)
+        raise InferenceError(REPOSITORY_NAME, InferenceError.UNSUPPORTED)
 
 
 def _refuse_region(kind: str, name: str) -> None:

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmserve.api import v2_http_admin as admin
 from llmserve.api import v2_http_generate as generation
 from llmserve.api import v2_http_status as status
+from llmserve.api.errors import CLIENT_CLOSED_REQUEST
 from llmserve.api.v2_http_call import (
-    CLIENT_CLOSED_REQUEST,
     ClientGoneError,
     DisconnectWatches,
     HttpAnswer,

@@ -7,14 +7,11 @@ from typing import Any
 
 import msgspec
 
-from llmserve.api.v2_errors import MalformedRequestError
+from llmserve.api.v2_errors import REPOSITORY_NAME, SHARED_MEMORY, MalformedRequestError
 from llmserve.api.v2_http_call import HttpAnswer, HttpCall
 from llmserve.api.v2_json import parse_json_object
 from llmserve.errors import InferenceError, InvalidRequestError
 from llmserve.repository.data_plane import DataPlane
-
-_NOT_SERVED = "shared memory is not served yet: send tensors in the requests themselves"
-_REPOSITORY_NAME = "'repository_name' specification is not supported"
 
 
 async def repository_index(call: HttpCall, plane: DataPlane) -> HttpAnswer:
@@ -110,7 +107,7 @@ async def shared_memory_status(call: HttpCall, plane: DataPlane) -> HttpAnswer:
 
 async def shared_memory_register(call: HttpCall, plane: DataPlane) -> HttpAnswer:
     """Not served yet."""
-    raise InferenceError(_NOT_SERVED, InferenceError.UNSUPPORTED)
+    raise InferenceError(SHARED_MEMORY, InferenceError.UNSUPPORTED)
 
 
 async def shared_memory_unregister(call: HttpCall, plane: DataPlane) -> HttpAnswer:
@@ -138,4 +135,4 @@ def _boolean(value: Any) -> bool:
 
 def _refuse_repository_name(call: HttpCall) -> None:
     if call.repository:
-        raise InferenceError(_REPOSITORY_NAME, InferenceError.UNSUPPORTED)
+        raise InferenceError(REPOSITORY_NAME, InferenceError.UNSUPPORTED)

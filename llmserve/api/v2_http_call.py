@@ -27,8 +27,6 @@ from llmserve.errors import (
 
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
-TEXT = b"text/plain"
-CLIENT_CLOSED_REQUEST = 499
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _JOIN_BELOW_BYTES = 65536  # up to here a copy is cheaper than one more write to the socket
 _WATCH_AFTER_S = 0.05  # quicker requests are over before anyone would notice that their client has gone

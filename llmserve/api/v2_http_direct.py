@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 
 from llmserve.api.door import Door, answer_headers, refusal
+from llmserve.api.errors import CLIENT_CLOSED_REQUEST
 from llmserve.api.http_protocol import DirectExchange
 from llmserve.api.scopes import INFER
 from llmserve.api.v2_http import is_version
 from llmserve.api.v2_http_call import (
-    CLIENT_CLOSED_REQUEST,
     HttpAnswer,
     check_size,
     error_answer,

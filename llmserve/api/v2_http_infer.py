@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from llmserve.api.http_protocol import MAX_LENGTH_DIGITS
 from llmserve.api.v2_http_call import OCTETS, HttpAnswer, HttpCall
 from llmserve.api.v2_infer_json import InferCall, raw_infer_call, read_infer_call, write_response
 from llmserve.api.v2_settings import V2HttpSettings
@@ -14,7 +15,7 @@ from llmserve.inference import InferResponse
 from llmserve.repository.data_plane import DataPlane, is_decoupled
 from llmserve.repository.model_version import ResponseStream, Servable
 
-_NUMBER = re.compile(rb"-?[0-9]{1,20}")
+_NUMBER = re.compile(b"-?[0-9]{1,%d}" % MAX_LENGTH_DIGITS)
 _HEADER_LENGTH = b"inference-header-content-length"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from llmserve.api import v2_tensors
-from llmserve.api.v2_errors import MalformedRequestError
+from llmserve.api.v2_errors import TENSOR_IN_SHARED_MEMORY, MalformedRequestError
 from llmserve.api.v2_json import encode_with_nan, parse_json_object
 from llmserve.api.v2_parameters import CommonFields, read_parameters, unsigned
 from llmserve.api.v2_settings import V2HttpSettings
@@ -22,7 +22,6 @@ from llmserve.errors import InferenceError, InvalidRequestError
 from llmserve.inference import DATATYPE_SIZES, InferRequest, InferResponse, RequestedOutput, Tensor
 
 UNKNOWN_DATATYPE = "<invalid>"  # what the check of an input against its model then says it got
-_SHARED_MEMORY = "shared memory is not served yet: send the tensor in the request ('shared_memory_region' of {!r})"
 _ONE_SOURCE = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
     "'shared_memory_region' in 'parameters'. But "
@@ -221,7 +220,7 @@ def _binary_size(item: _InputJson) -> int | None:
     parameters = item.parameters
     assert parameters is not None
     if "shared_memory_region" in parameters:
-        raise InferenceError(_SHARED_MEMORY.format(item.name), InferenceError.UNSUPPORTED)
+        raise InferenceError(TENSOR_IN_SHARED_MEMORY.format(item.name), InferenceError.UNSUPPORTED)
     if "binary_data_size" not in parameters:
         return None
     return unsigned(parameters["binary_data_size"], "binary_data_size")
@@ -235,7 +234,7 @@ def _read_outputs(outputs: list[_OutputJson], request: InferRequest, fields: Com
             raise InvalidRequestError(f"output '{item.name}' is requested more than once", "outputs")
         parameters = item.parameters or {}
         if "shared_memory_region" in parameters:
-            raise InferenceError(_SHARED_MEMORY.format(item.name), InferenceError.UNSUPPORTED)
+            raise InferenceError(TENSOR_IN_SHARED_MEMORY.format(item.name), InferenceError.UNSUPPORTED)
         wanted = parameters.get("binary_data", fields.binary_data_output)
         if not isinstance(wanted, bool):
             raise MalformedRequestError(

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmserve.api.v2_errors import MalformedRequestError
 from llmserve.errors import InvalidRequestError
-from llmserve.inference import DATATYPE_SIZES, Tensor
+from llmserve.inference import Tensor
 from llmserve.repository.tensor_arrays import to_array, to_bfloat16
 
 Bytes = bytes | bytearray | memoryview
@@ -124,11 +124,6 @@ def bytes_elements(data: Bytes) -> list[bytes]:
         elements.append(bytes(view[offset + 4 : offset + 4 + length]))
         offset += 4 + length
     return elements
-
-
-def element_size(datatype: str) -> int:
-    """Bytes of an element; 0 for BYTES, whose elements vary."""
-    return DATATYPE_SIZES.get(datatype, 0)
 
 
 def flatten(value: Any, max_depth: int) -> list[Any]:

@@ -141,11 +141,6 @@ class Batch:
         self._ragged = {tensor.name: tensor.ragged for tensor in tensors if tensor.ragged is not None}
         self._padded = {tensor.name: tensor for tensor in tensors if tensor.pad_to}
 
-    @property
-    def row_offsets(self) -> list[int]:
-        """Request i has the rows from entry i up to entry i + 1 of every stacked tensor."""
-        return self._offsets
-
     def input(self, name: str, index: int) -> Array:
         """The tensor of one request: a view."""
         array = self.arrays[name]

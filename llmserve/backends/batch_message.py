@@ -62,7 +62,6 @@ def _header(stream: InferStream) -> RequestHeader:
         request.sequence_id,
         _SEQUENCE_START * request.sequence_start + _SEQUENCE_END * request.sequence_end,
         request.timeout_us,
-        request.priority,
     )
 
 

@@ -6,7 +6,6 @@ The truth about every request is here, in the server process; the instances may 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ from llmserve.general_metrics import ExecutionTimes, FailureReason, ModelStatist
 from llmserve.inference import InferRequest
 from llmserve.scheduler.dynamic_batcher import Batch, DynamicBatcher
 from llmserve.scheduler.priority_level import QueuedRequest
-
-logger = logging.getLogger(__name__)
 
 _MIN_TIMER_S = 0.001  # event loops count milliseconds: less would fire before its time, again and again
 
@@ -149,11 +146,9 @@ class GeneralModel:
         """
         return InferStream(request, self)
 
-    async def stop(self, drain_s: float) -> None:
-        """Takes no more requests; those it has may finish within `drain_s` seconds."""
+    async def stop(self) -> None:
+        """Takes no more requests; those it has fail."""
         self._serving, self._reason = False, "it is being unloaded"
-        if drain_s > 0 and not await self._in_flight.wait_finished(drain_s):
-            logger.warning("%s still answers after %.0f s: stopped", self.name, drain_s)
         self._in_flight.fail_all(NotReadyError(f"Model {self.name!r} has been unloaded."))
         if self._timer is not None:
             self._timer.cancel()

@@ -6,7 +6,6 @@ Detokenising, stop strings and metrics happen here, in the server process, as on
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 
@@ -22,8 +21,6 @@ from llmserve.messages import EngineReady, EngineRequest, EngineStats, LoadProgr
 from llmserve.metrics import Metrics
 from llmserve.request_context import current_request
 from llmserve.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class LLM:

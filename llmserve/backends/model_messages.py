@@ -47,7 +47,6 @@ class RequestHeader(msgspec.Struct, array_like=True, gc=False):
     correlation_id: int | str = 0
     flags: int = 0  # 1: sequence start, 2: sequence end
     timeout_us: int = 0
-    priority: int = 0
 
 
 class BatchTensor(msgspec.Struct, array_like=True, gc=False):

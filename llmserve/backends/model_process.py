@@ -34,8 +34,6 @@ from llmserve.backends.model_messages import (
 )
 from llmserve.backends.transport import Frame, FrameLink, Payload, send_frame
 
-logger = logging.getLogger(__name__)
-
 FAILED_STATUS = 1  # exit status of a process that has said why: its last message is a LoadFailed
 _PR_SET_PDEATHSIG = 1
 _FRESH_S = 0.001  # so long what was read is taken to be all there is: looking again costs as much as a small model

@@ -33,12 +33,18 @@ class PoolingBackend(Backend):
     def load(self, model: ModelContext) -> None:
         """Reads the Hugging Face folder that the version is. Raises ModelLoadError."""
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as an engine's: read when torch is imported
+        import torch
+
+        from llmserve.backends.torch_device import torch_device
         from llmserve.worker.pooling_runner import PoolingRunner
 
         config = read_pooling_config(model.version_path)
         weight_format = model.parameter("weight_format", "auto")
         niceness = _niceness(model)
+        if model.kind == "GPU":
+            torch.cuda.set_device(torch_device(model))  # this process has one: the runner takes it
         self._runner = PoolingRunner.load(model.version_path, config, weight_format, model.num_threads)
+        self.device = str(self._runner.device)
         _step_back(niceness)
 
     def execute(self, batch: Batch) -> Sequence[Response]:

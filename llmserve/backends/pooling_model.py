@@ -7,7 +7,6 @@ computed by the one that is started in its place. Equal texts in flight are comp
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -47,8 +46,6 @@ from llmserve.pooling_metrics import PoolingMetrics
 from llmserve.request_context import current_request
 from llmserve.scheduler.text_batcher import TextBatcher
 
-logger = logging.getLogger(__name__)
-
 _INLINE_CHARS = 4096  # texts of more are tokenised in a thread
 _CHUNK_TEXTS = 64  # of a large request are tokenised while those before are computed
 
@@ -85,7 +82,6 @@ class PoolingModel:
         self._num_coming = 0  # texts that were let in and are being tokenised
         self._serving = False
         self._reason = "it is not loaded"
-        self._finished = asyncio.Event()
 
     # What the repository asks.
 
@@ -132,15 +128,9 @@ class PoolingModel:
         self._texts.begin()
         self._serving, self._reason = True, ""
 
-    async def stop(self, drain_s: float) -> None:
-        """Takes no more requests; those it has may finish within `drain_s` seconds."""
+    async def stop(self) -> None:
+        """Takes no more requests; those it has fail."""
         self._serving, self._reason = False, "it is being unloaded"
-        if drain_s > 0 and self._jobs:
-            self._finished.clear()
-            try:
-                await asyncio.wait_for(self._finished.wait(), drain_s)
-            except TimeoutError:
-                logger.warning("%s still answers after %.0f s: stopped", self.name, drain_s)
         self._texts.fail_all(NotReadyError(f"Model {self.name!r} has been unloaded."))
         await asyncio.gather(*(instance.stop() for instance in self._instances))
         self._reason = "it is unloaded"
@@ -218,8 +208,6 @@ class PoolingModel:
             self._num_coming -= num_admitted - len(job.num_tokens)  # those that were never queued
             self._texts.close(job)
             self._jobs.discard(job)
-            if not self._jobs:
-                self._finished.set()
             self._statistics.pending -= 1
             total_ns = time.monotonic_ns() - begin_ns
             if not job.is_answered:

@@ -94,7 +94,7 @@ class PoolingTokenizer:
                 encoded.append(_single(next(encodings), limit, truncation, place))
         return encoded
 
-    def limit(self, truncation: Truncation, param: str = "truncate_prompt_tokens") -> int:
+    def limit(self, truncation: Truncation) -> int:
         """The longest a text may be. Raises InvalidRequestError if that is beyond the model."""
         if truncation.max_tokens is None:
             return self.max_model_len
@@ -102,14 +102,9 @@ class PoolingTokenizer:
             raise InvalidRequestError(
                 f"The texts are to be cut to {truncation.max_tokens} tokens, but the model reads at most "
                 f"{self.max_model_len}.",
-                param,
+                "truncate_prompt_tokens",
             )
         return truncation.max_tokens
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
-        return text
 
     def _encode_all(self, texts: list[str | TextPair], add_special_tokens: bool) -> list[Any]:
         prompt = self._config.pair_prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from llmserve.backends.infer_stream import InferStream
@@ -26,7 +25,6 @@ class RequestsInFlight:
         self._streams: dict[int, InferStream] = {}
         self._order = ResponseOrder()
         self._held: dict[int, tuple[InferStream, InferResponse | LLMServeError]] = {}  # finished before an older one
-        self._finished = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -112,21 +110,9 @@ class RequestsInFlight:
         elif self.preserve_ordering:
             self._release(stream.id)
 
-    async def wait_finished(self, timeout_s: float) -> bool:
-        """Until nothing is in flight; False if that takes longer."""
-        if self._streams:
-            self._finished.clear()
-            try:
-                await asyncio.wait_for(self._finished.wait(), timeout_s)
-            except TimeoutError:
-                return False
-        return True
-
     def _forget(self, stream: InferStream) -> None:
         if self._streams.pop(stream.id, None) is not None and stream.instance is not None:
             stream.instance.open_requests -= 1
-        if not self._streams:
-            self._finished.set()
 
     def _stream(self, stream: InferStream, response: InferResponse, now_ns: int) -> None:
         """One of the responses of a decoupled model, which need not wait for each other."""

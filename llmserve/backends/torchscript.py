@@ -12,6 +12,7 @@ from llmserve.backends.base import Backend, Batch, ModelContext, Response
 from llmserve.backends.model_messages import Signature
 from llmserve.backends.signatures import batched_signature
 from llmserve.backends.tensors import Array
+from llmserve.backends.torch_device import torch_device
 from llmserve.backends.torch_program import ExportedModel, Program, ScriptModel
 from llmserve.errors import InferenceError, ModelLoadError
 
@@ -80,7 +81,7 @@ class TorchBackend(Backend):
             torch.set_num_threads(int(model.parameter("INTRA_OP_THREAD_COUNT", "0")) or model.num_threads)
             if inter_op := int(model.parameter("INTER_OP_THREAD_COUNT", "0")):
                 torch.set_num_interop_threads(inter_op)
-            self._device = _device(model)
+            self._device = torch_device(model)
             self.device = str(self._device)
             path = model.file("model.pt", "model.pt2")
             try:
@@ -91,16 +92,6 @@ class TorchBackend(Backend):
             except (RuntimeError, ValueError, OSError, AttributeError, KeyError, zipfile.BadZipFile) as error:
                 raise ModelLoadError(f"{path} cannot be loaded: {error}") from error
         return self._program
-
-
-def _device(model: ModelContext) -> torch.device:
-    """Raises ModelLoadError if the configuration asks for a GPU and there is none."""
-    has_cuda = torch.cuda.is_available()
-    if model.kind == "GPU" and not has_cuda:
-        raise ModelLoadError(
-            f"Model {model.name!r} asks for a GPU (instance_group.kind KIND_GPU), and torch sees none. Set KIND_CPU."
-        )
-    return torch.device("cpu") if model.kind == "CPU" or not has_cuda else torch.device("cuda", model.device_id)
 
 
 def _index_of(name: str) -> int | None:

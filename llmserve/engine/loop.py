@@ -81,7 +81,7 @@ class EngineLoop:
             self._handle(self._decoder.decode(self._inbox.recv()))
 
     def _send_heartbeat(self) -> None:
-        self._send(Heartbeat(self._core.num_steps, time.monotonic(), self._core.stats()))
+        self._send(Heartbeat(self._core.stats()))
 
     def _handle(self, message: ToEngine) -> None:
         match message:

@@ -30,7 +30,6 @@ def build_core(
 
     Raises an LLMServeError that says what is wrong with the model or the machine.
     """
-    started = time.monotonic()
     prepared = prepare_model(config)
     send(prepared.plan)
     last_sent = 0.0
@@ -48,7 +47,7 @@ def build_core(
         return progress
 
     runner = prepared.load(report("loading weights"), report("capturing CUDA graphs"))
-    return make_core(config, runner, recorder), EngineReady(runner.plan, time.monotonic() - started)
+    return make_core(config, runner, recorder), EngineReady(runner.plan)
 
 
 def build_for_launch(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[EngineCore, EngineReady]:

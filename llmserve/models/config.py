@@ -103,8 +103,6 @@ class ModelConfig:
     moe: MoEConfig | None = None
     quantization: CheckpointQuantization | None = None  # of a folder whose matrices are packed
     dtype: str = "float32"  # torch's name for the type the weights were published in; bfloat16 for quantised files
-    eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         assert len(self.sliding_windows) == self.num_layers

@@ -114,7 +114,7 @@ class BertEncoder:
     def forward(
         self, token_ids: torch.Tensor, token_types: torch.Tensor | None, sequences: PackedSequences
     ) -> torch.Tensor:
-        """int64 [t] each; no token types are all zero -> hidden states float32 [t, hidden]."""
+        """int64 [t] each; without token types they are all zero -> hidden states float32 [t, hidden]."""
         post_layer_norm = self.ops.post_layer_norm
         x, residual = self.embeddings.forward(token_ids, token_types, sequences)
         for layer in self.layers:

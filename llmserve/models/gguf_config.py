@@ -20,8 +20,6 @@ _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ROPE_FACTORS = "rope_freqs.weight"
 # Models whose q.k is scaled by sqrt(hidden / heads) and not sqrt(head_dim): (architecture, layers) of the 27B ones.
 _GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
-# Tokens that end a turn or a text, by their spelling: llama.cpp stops on each of them that a vocabulary holds.
-_END_TEXTS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>")
 
 
 def config_from_gguf(path: Path) -> ModelConfig:
@@ -67,8 +65,6 @@ def config_from_gguf(path: Path) -> ModelConfig:
         activation="gelu_tanh" if row.gemma else "silu",
         moe=_moe(reader, architecture),
         dtype=_dtype(file),
-        eos_token_ids=_eos_token_ids(file),
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
     )
 
 
@@ -180,11 +176,3 @@ def _dtype(file: GGUFFile) -> str:
     """The type most matrices have; quantised ones have no torch type, bfloat16 holds what they hold."""
     types = Counter(tensor.type_name for tensor in file.tensors.values() if len(tensor.shape) == 2)
     return _FLOAT_DTYPES.get(types.most_common(1)[0][0], "bfloat16")
-
-
-def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    ids = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-    wanted = set(_END_TEXTS)
-    ids += [token_id for token_id, text in enumerate(tokens) if text in wanted]
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))

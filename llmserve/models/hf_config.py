@@ -77,8 +77,6 @@ def config_from_folder(folder: Path) -> ModelConfig:
         moe=read_moe(architecture, fields, num_layers),
         quantization=read_quantization(fields),
         dtype=_dtype(fields),
-        eos_token_ids=_eos_token_ids(folder, fields),
-        bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
     )
 
 
@@ -108,15 +106,6 @@ def _dtype(fields: JsonFields) -> str:
     if name not in _DTYPES:
         raise ModelLoadError(f"{fields.where}: dtype {name!r} is not supported. Supported: {', '.join(_DTYPES)}.")
     return name
-
-
-def _eos_token_ids(folder: Path, fields: JsonFields) -> tuple[int, ...]:
-    """config.json's and generation_config.json's together: instruction-tuned models add their end of turn there."""
-    ids = fields.token_ids("eos_token_id")
-    path = folder / "generation_config.json"
-    if path.is_file():
-        ids += read_json(path).token_ids("eos_token_id")
-    return tuple(dict.fromkeys(ids))
 
 
 def _sliding_windows(fields: JsonFields, row: Architecture, num_layers: int) -> tuple[int, ...]:

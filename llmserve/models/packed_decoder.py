@@ -54,7 +54,6 @@ class PackedDecoder:
             block_table=block_table.int(),
             slot_mapping=first_slots + sequences.positions,
             positions=sequences.positions,
-            max_query_len=sequences.max_seq_len,
             max_seq_len=sequences.max_seq_len,
         )
 

@@ -61,11 +61,6 @@ def expert_prefix(layer: int, moe: MoEConfig, expert: int) -> str:
     return f"{layer_prefix(layer)}{moe.names.expert.format(expert)}."
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Numbers in the model; tied embeddings count once."""
-    return sum(math.prod(shape) for shape in expected_tensors(config).values())
-
-
 def linear_parameters(config: ModelConfig) -> Iterator[LinearParameter]:
     """Every matrix the model multiplies by, the head last; tied, it is made of the embedding."""
     for layer in range(config.num_layers):

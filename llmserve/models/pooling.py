@@ -22,41 +22,27 @@ class Pooler:
         self._ops = ops
         self._modes = modes
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """hidden [t, m] -> float32 [n, m * modes], as if the first num_prompt_tokens int64 [n] of each sequence were
-        not there; but a weighted mean still counts positions from its beginning."""
-        pooled = [self._pool(mode, hidden, sequences, num_prompt_tokens) for mode in self._modes]
+    def forward(self, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
+        """hidden [t, m] -> float32 [n, m * modes]."""
+        pooled = [self._pool(mode, hidden, sequences) for mode in self._modes]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
-    def _pool(
-        self,
-        mode: PoolingMode,
-        hidden: torch.Tensor,
-        sequences: PackedSequences,
-        num_prompt_tokens: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _pool(self, mode: PoolingMode, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         bounds = sequences.cu_seqlens.long()
         if mode == "cls":
-            return hidden[bounds[:-1] if num_prompt_tokens is None else bounds[:-1] + num_prompt_tokens].float()
+            return hidden[bounds[:-1]].float()
         if mode == "last":
             return hidden[bounds[1:] - 1].float()
         lengths = bounds.diff()
-        counted = torch.ones(len(hidden), device=hidden.device)
-        if num_prompt_tokens is not None:
-            counted *= sequences.positions >= num_prompt_tokens.repeat_interleave(lengths)
         if mode == "max":
-            visible = hidden.float().masked_fill(counted[:, None] == 0, -torch.inf)
-            return torch.segment_reduce(visible, "max", lengths=lengths, axis=0)
+            return torch.segment_reduce(hidden.float(), "max", lengths=lengths, axis=0)
+        weights, totals = torch.ones(len(hidden), device=hidden.device), lengths[:, None].float()
         if mode == "weighted_mean":  # SGPT (Muennighoff 2022): later tokens count more
-            counted *= sequences.positions + 1
-        totals = lengths[:, None].float()
-        if num_prompt_tokens is not None or mode == "weighted_mean":
-            totals = self._ops.segment_sum(counted[:, None], torch.ones_like(counted), sequences.cu_seqlens)
+            weights = (sequences.positions + 1).float()
+            totals = self._ops.segment_sum(weights[:, None], torch.ones_like(weights), sequences.cu_seqlens)
         if mode == "mean_sqrt_len":
             totals = totals.sqrt()
-        return self._ops.segment_sum(hidden, counted, sequences.cu_seqlens) / totals
+        return self._ops.segment_sum(hidden, weights, sequences.cu_seqlens) / totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +71,9 @@ class Head:
         self._pooler = pooler
         self._layers = layers
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         """hidden [t, m] -> float32 [n, out]."""
-        x = self._pooler.forward(hidden, sequences, num_prompt_tokens)
+        x = self._pooler.forward(hidden, sequences)
         for layer in self._layers:
             x = layer.forward(x)
         return x

@@ -96,12 +96,11 @@ class DataPlane:
         repository: ModelRepository,
         *,
         version: str,
-        name: str = "llmserve",
         llms: Callable[[], Sequence[LanguageModelEntry]] = tuple,
         language_models: LanguageModels | None = None,
     ) -> None:
         self._repository = repository
-        self._metadata = ServerMetadata(name, version, EXTENSIONS)
+        self._metadata = ServerMetadata("llmserve", version, EXTENSIONS)
         self._llms = llms
         self._language_models = language_models
         self.log_settings = LogSettings()

@@ -16,13 +16,12 @@ _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.ti
 _UNWANTED_FILES = ["consolidated*", "original/*", "onnx/*", "*/*.json", "*/*.safetensors"]  # the weights once more
 
 
-def download_model(repository: str, revision: str | None, progress: Progress) -> Path:
+def download_model(repository: str, progress: Progress) -> Path:
     """The folder of `owner/model`: what serving needs of it, weights as safetensors. Raises ModelLoadError."""
     try:
         return Path(
             snapshot_download(
                 repository,
-                revision=revision,
                 allow_patterns=_WANTED_FILES,
                 ignore_patterns=_UNWANTED_FILES,
                 tqdm_class=_reporting_bar(progress),
@@ -32,11 +31,10 @@ def download_model(repository: str, revision: str | None, progress: Progress) ->
         raise _not_had(repository, error) from error
 
 
-def download_file(repository: str, file: str, revision: str | None, progress: Progress) -> Path:
+def download_file(repository: str, file: str, progress: Progress) -> Path:
     """One file of `owner/model`. Raises ModelLoadError."""
     try:
-        bar = _reporting_bar(progress)
-        return Path(hf_hub_download(repository, file, revision=revision, tqdm_class=bar))
+        return Path(hf_hub_download(repository, file, tqdm_class=_reporting_bar(progress)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _not_had(f"{repository}/{file}", error) from error
 

@@ -7,7 +7,6 @@ their last request is answered. If any new one fails, all of them are dropped an
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass
 
 from llmserve.errors import InferenceError, LLMServeError, UnsupportedConfigError
@@ -15,8 +14,6 @@ from llmserve.repository.model_folder import Fingerprint, ModelFolder, fingerpri
 from llmserve.repository.model_version import OpenVersion
 from llmserve.repository.served_version import ServedVersion, VersionState
 from llmserve.repository.versions import select_versions
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,8 @@ class ModelVersion(Protocol):
         """Exactly one response, any number from a decoupled model. Closing the iterator cancels the request."""
         ...
 
-    async def stop(self, drain_s: float) -> None:
-        """Requests in flight may finish within `drain_s` seconds."""
+    async def stop(self) -> None:
+        """Requests in flight fail: who wants them answered waits for that first."""
         ...
 
     def is_ready(self) -> bool:

@@ -97,7 +97,7 @@ class ServedVersion:
                 async for _ in self.model.infer(request):
                     pass
         except BaseException as error:
-            await self._close(drain_s=0.0)
+            await self._close()
             text = error.message if isinstance(error, LLMServeError) else f"{type(error).__name__}: {error}"
             self.fail(f"Internal: {text}")  # Triton's words
             raise
@@ -142,13 +142,13 @@ class ServedVersion:
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("Model %s version %s still answers after %.0f s: stopped.", self.name, self.version, drain_s)
-        await self._close(drain_s=0.0)
+        await self._close()
         self.fail("unloaded")
 
-    async def _close(self, drain_s: float) -> None:
+    async def _close(self) -> None:
         try:
             if self._model is not None:
-                await self._model.stop(drain_s)
+                await self._model.stop()
         except LLMServeError as error:
             logger.error("Model %s version %s did not stop cleanly: %s", self.name, self.version, error)
         finally:

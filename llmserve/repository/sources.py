@@ -51,16 +51,13 @@ class ModelListing:
     description: str = ""
 
 
-def resolve_model(name: str, progress: Progress = no_progress, revision: str | None = None) -> ModelSource:
-    """Finds the model and fetches it if need be. `revision` is a branch, tag or commit of the hub.
-
-    Raises ModelLoadError, which says what was tried and what to do.
-    """
+def resolve_model(name: str, progress: Progress = no_progress) -> ModelSource:
+    """Finds the model and fetches it if need be. Raises ModelLoadError, which says what was tried and what to do."""
     path = Path(name).expanduser()
     if path.exists():
         return _local(path, name)
     if (model := embedded.find(name)) is not None:
-        return ModelSource("embedded", embedded.fetch(model.name, progress), model.name, name)
+        return ModelSource("embedded", embedded.fetch_model(model, progress), model.name, name)
     repository, file = _split_hub_name(name)
     if repository is None:
         known = ", ".join(row.name for row in embedded.CATALOGUE)
@@ -68,7 +65,7 @@ def resolve_model(name: str, progress: Progress = no_progress, revision: str | N
             f"There is no model {name!r}: no such file or folder, not an embedded model ({known}), and not a hub name "
             "(owner/model)."
         )
-    return _from_hub(name, repository, file, progress, revision)
+    return _from_hub(name, repository, file, progress)
 
 
 def list_models() -> list[ModelListing]:
@@ -122,13 +119,13 @@ def _split_hub_name(name: str) -> tuple[str | None, str]:
     return (None, "") if file and not file.endswith(".gguf") else (owner_and_model, file)
 
 
-def _from_hub(name: str, repository: str, file: str, progress: Progress, revision: str | None) -> ModelSource:
+def _from_hub(name: str, repository: str, file: str, progress: Progress) -> ModelSource:
     from llmserve.repository import hub  # the hub's library is slow to import, and most starts need none of it
 
     if file:
-        path = hub.download_file(repository, file, revision, progress)
+        path = hub.download_file(repository, file, progress)
         return ModelSource("hub", path, path.stem, name)
-    path = hub.download_model(repository, revision, progress)
+    path = hub.download_model(repository, progress)
     if not is_loadable(path):
         raise ModelLoadError(
             f"{repository} on the hub holds no config.json with *.safetensors. For a GGUF file of it, name the file: "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,18 +16,6 @@ from llmserve.config import format_bytes
 from llmserve.errors import InsufficientMemoryError
 
 _MAPPED = 2  # cudaHostRegisterMapped
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes. `allocated` and `peak` are tensors', `reserved` what torch's allocator holds for them; `free` and `total`
-    are the whole device's, whoever uses it."""
-
-    free: int
-    total: int
-    allocated: int
-    peak: int
-    reserved: int
 
 
 class Event(Protocol):
@@ -74,10 +61,8 @@ class Device(Protocol):
         so what is compiled or set up by a first time is there."""
         ...
 
-    def memory(self) -> DeviceMemory: ...
-
-    def reset_peak(self) -> None:
-        """`DeviceMemory.peak` starts anew from what is allocated."""
+    def free_bytes(self) -> int:
+        """Of the whole device's memory, whoever uses the rest."""
         ...
 
     def release_cached(self) -> None:
@@ -135,18 +120,8 @@ class CudaDevice:
             work()
         return graph
 
-    def memory(self) -> DeviceMemory:
-        free, total = torch.cuda.mem_get_info(self.torch_device)
-        return DeviceMemory(
-            free=free,
-            total=total,
-            allocated=torch.cuda.memory_allocated(self.torch_device),
-            peak=torch.cuda.max_memory_allocated(self.torch_device),
-            reserved=torch.cuda.memory_reserved(self.torch_device),
-        )
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
 
     def release_cached(self) -> None:
         gc.collect()  # a runner and its graphs hold each other

@@ -285,7 +285,6 @@ class GPUModelRunner:
             block_table=step.block_table,
             slot_mapping=step.slot_mapping,
             positions=step.positions,
-            max_query_len=shape.num_tokens,
             max_seq_len=max_seq_len or self.plan.max_model_len,
         )
         hidden = self.model.forward(step.token_ids, meta, self.kv_caches)

@@ -19,6 +19,7 @@ import torch
 from llmserve.kernels.memory import cache_zeros
 from llmserve.kernels.ops import MAX_COUNT, MAX_ENTRIES, LogitAdjustments
 from llmserve.messages import SamplingParams
+from llmserve.scheduler.request import is_penalised
 
 TokenArray = npt.NDArray[np.int32]
 Submit = Callable[[Callable[[], None]], None]
@@ -142,11 +143,6 @@ def _at_once(work: Callable[[], None]) -> None:
 def table_bytes(max_num_seqs: int, vocab_size: int) -> int:
     """What `AdjustmentTables` allocates."""
     return (max_num_seqs + 1) * (2 * vocab_size + -(-vocab_size // 32) * 4 + MAX_ENTRIES * 16 + 24)
-
-
-def is_penalised(params: SamplingParams) -> bool:
-    """Whether tokens seen before are made less, or more, likely."""
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
 def bad_sequences(params: SamplingParams) -> BadWords | None:

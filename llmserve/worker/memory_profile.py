@@ -38,12 +38,12 @@ def measure_memory(
     """
     block_bytes = plan.kv_cache_bytes // plan.num_blocks
     device.release_cached()
-    before = device.memory().free
+    before = device.free_bytes()
     smallest = msgspec.structs.replace(plan, num_blocks=1, num_host_blocks=0, kv_cache_bytes=block_bytes)
     trial = make_trial(smallest, device)
     trial.run_largest_steps()
     device.synchronize()
-    steps = before - device.memory().free
+    steps = before - device.free_bytes()
     device.release_cached()
     graphs = _graph_bytes(device, trial)
     del trial
@@ -53,10 +53,10 @@ def measure_memory(
 
 
 def _graph_bytes(device: Device, trial: TrialRunner) -> int:
-    free = [device.memory().free]
+    free = [device.free_bytes()]
     for num_captured in trial.capture_step_by_step():
         device.synchronize()
-        free.append(device.memory().free)
+        free.append(device.free_bytes())
         if num_captured == trial.num_largest_graphs + _SAMPLE:
             break
     num_sampled = len(free) - 1 - trial.num_largest_graphs

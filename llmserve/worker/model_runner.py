@@ -64,7 +64,6 @@ class ModelRunner:
             block_table=torch.from_numpy(block_table).to(self.device),
             slot_mapping=torch.from_numpy(inputs.slot_mapping).to(self.device),
             positions=torch.from_numpy(inputs.positions).to(self.device),
-            max_query_len=int(np.diff(inputs.query_start).max()),
             max_seq_len=max_seq_len,
         )
 

@@ -1,4 +1,4 @@
-"""From a model folder to a text model and its head: chooses device, format and ops, loads weights."""
+"""From a model folder to a text model and its head: chooses format and ops, loads weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmserve.models.quantization import choose_formats
 from llmserve.models.safetensors_weights import SafetensorsWeights
 from llmserve.pooling_config import PoolingConfig, encoder_stem
 from llmserve.pooling_modules import DenseConfig
-from llmserve.worker.loader import choose_device, cpu_computes_bf16
+from llmserve.worker.loader import cpu_computes_bf16
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "float16", Q8_0, INT8)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,9 +41,7 @@ class TextModel(Protocol):
 class Scorer(Protocol):
     """Makes one row of hidden states for each sequence: an embedding or logits."""
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         """hidden [t, hidden] -> float32 [n, out]."""
         ...
 
@@ -67,9 +65,7 @@ class WordJudge:
         """The decoder's head has a row for each word, yes first."""
         self._decoder = decoder.model
 
-    def forward(
-        self, hidden: torch.Tensor, sequences: PackedSequences, num_prompt_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         """-> float32 [n, 1]."""
         logits = self._decoder.compute_logits(hidden[sequences.cu_seqlens[1:].long() - 1])
         return logits[:, :1] if logits.shape[1] == 1 else logits[:, :1] - logits[:, 1:]
@@ -80,12 +76,11 @@ def load_pooling_model(
     config: PoolingConfig,
     weight_format: str,
     num_threads: int | None,
-    device_name: str,
+    device: torch.device,
     max_tokens: int,
     max_seqs: int,
 ) -> LoadedModel:
     """Reads the weights. The limits are of one forward pass. Raises ModelLoadError, ConfigError."""
-    device = choose_device(device_name)
     is_encoder = encoder_stem(config.architecture) is not None
     encoder_config = read_encoder_config(folder) if is_encoder else None
     head_dim = encoder_config.head_dim if encoder_config else open_decoder(folder, with_head=False)[0].head_dim

@@ -12,6 +12,7 @@ import torch
 
 from llmserve.kernels.ops import PackedSequences
 from llmserve.pooling_config import PoolingConfig
+from llmserve.worker.loader import choose_device
 from llmserve.worker.pooling_loader import LoadedModel, load_pooling_model
 
 PoolingTask = Literal["embed", "token_embed", "classify"]
@@ -48,9 +49,9 @@ class PoolingRunner:
     ) -> PoolingRunner:
         """`weight_format` is "auto", "float32", "bfloat16", "float16" (not on a CPU), "q8_0" or "int8"; `num_threads`
         is for a CPU. Raises ModelLoadError, ConfigError."""
-        kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
-        max_tokens = max(_MAX_TOKENS[kind], config.max_model_len)
-        loaded = load_pooling_model(folder, config, weight_format, num_threads, device, max_tokens, _MAX_SEQS[kind])
+        at = choose_device(device)
+        max_tokens = max(_MAX_TOKENS[at.type], config.max_model_len)
+        loaded = load_pooling_model(folder, config, weight_format, num_threads, at, max_tokens, _MAX_SEQS[at.type])
         if loaded.ops.name == "cpu":
             torch.set_num_threads(1)  # from here on torch's threads would only spin beside those of the kernels
         return cls(config, loaded)
@@ -62,11 +63,9 @@ class PoolingRunner:
         token_type_ids: npt.NDArray[np.uint8] | None,
         cu_seqlens: Int32Array,
         task: PoolingTask,
-        num_prompt_tokens: Int32Array | None = None,
     ) -> FloatArray:
         """Packed sequences: i owns token_ids[cu_seqlens[i]:cu_seqlens[i + 1]], of at least one token and at most
-        `config.max_model_len`. No token_type_ids are all zero. Where `config.include_prompt` is false,
-        num_prompt_tokens [n] tells how many tokens of each sequence, from its first, the pooling leaves out; never all.
+        `config.max_model_len`. Without token_type_ids they are all zero.
 
         "embed": [n, dimension], pooled and through the dense layers, not normalised; "token_embed": [tokens,
         hidden_size]; "classify", of a model of kind "score" or "classify": logits [n, labels].
@@ -87,8 +86,7 @@ class PoolingRunner:
                 continue
             scorer = self._loaded.embed if task == "embed" else self._loaded.classify
             assert scorer is not None
-            prompts = None if num_prompt_tokens is None else self._int64(num_prompt_tokens[first:last])
-            parts.append(scorer.forward(hidden, sequences, prompts))
+            parts.append(scorer.forward(hidden, sequences))
         whole: FloatArray = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
         return whole
 

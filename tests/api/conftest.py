@@ -30,7 +30,6 @@ class ByteTokenizer:
 
     vocab_size = VOCAB_SIZE
     eos_token_ids = (EOS,)
-    bos_token_id = BOS
     special_token_ids = frozenset({BOS, EOS})
     chat_template: str | None = "scripted"
 

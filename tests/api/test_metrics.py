@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmserve.histogram import Histogram
 from llmserve.messages import EngineStats, FinishReason
-from llmserve.metrics import Metrics, ModelMetrics, one_two_five
+from llmserve.metrics import Metrics, ModelMetrics
 
 # What vLLM's own Grafana dashboards query (examples/observability), and what routers read.
 DASHBOARD_SERIES = [
@@ -101,7 +101,7 @@ def test_dashboards_find_their_series_under_both_prefixes(used):
 
 def test_vllm_names_can_be_switched_off():
     metrics = Metrics(vllm_names=False)
-    metrics.add_model(ModelMetrics("m"))
+    metrics.model("m")
     assert "llmserve:num_requests_running" in samples(metrics)
     assert b"vllm" not in metrics.render()
 
@@ -164,18 +164,11 @@ def test_inter_token_buckets_begin_below_vllms():
     assert list(bounds) == sorted(bounds)
 
 
-@pytest.mark.parametrize(("largest", "bounds"), [(1, (1,)), (10, (1, 2, 5, 10)), (30, (1, 2, 5, 10, 20)), (0, (1,))])
-def test_one_two_five(largest, bounds):
-    assert one_two_five(largest) == bounds
-
-
 def test_two_models_share_a_family(used):
-    used.add_model(ModelMetrics("other"))
+    used.model("other")
     found = samples(used)
     assert [labels["model_name"] for labels, _ in found["vllm:num_requests_running"]] == ["m", "other"]
     assert used.render().count(b"# TYPE vllm:num_requests_running gauge") == 1
-    used.remove_model("other")
-    assert len(samples(used)["vllm:num_requests_running"]) == 1
 
 
 def test_process_metrics_are_kept(used):

@@ -86,6 +86,17 @@ class Answer:
         self.finish_reason = output.finish_reason
 
 
+class ChunkBudget(FixedBudget):
+    """Has prompts computed in chunks of so many tokens at most."""
+
+    def __init__(self, max_num_batched_tokens: int, max_chunk: int) -> None:
+        super().__init__(max_num_batched_tokens)
+        self._max_chunk = max_chunk
+
+    def next_step(self, num_running: int) -> int:
+        return min(max(num_running, 1) + self._max_chunk - 1, super().next_step(num_running))
+
+
 class Engine:
     """An EngineCore over a real model, driven by hand."""
 
@@ -103,14 +114,13 @@ class Engine:
         self.cache = KVCacheManager(num_blocks, 16)
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
-        token_budget = FixedBudget(budget)
+        token_budget = ChunkBudget(budget, max_chunk) if max_chunk else FixedBudget(budget)
         scheduler = Scheduler(
             self.cache,
             policy=make_policy("fcfs"),
             budget=token_budget,
             max_num_seqs=max_num_seqs,
             max_model_len=512,
-            long_prefill_token_threshold=max_chunk,
             drafter=drafter,
         )
         config = EngineConfig(

@@ -184,7 +184,7 @@ def build(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[E
         core = OverlappedCore(scheduler, budget, launcher, time.monotonic)
     else:
         core = EngineCore(scheduler, budget, RecordedRunner(runner, recorder), time.monotonic)
-    return core, EngineReady(plan, 0.0)
+    return core, EngineReady(plan)
 
 
 if __name__ == "__main__":

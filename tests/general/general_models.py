@@ -99,7 +99,7 @@ async def running(
         yield model
     finally:
         pids = model.pids
-        await model.stop(drain_s=5.0)
+        await model.stop()
         assert [pid for pid in pids if is_alive(pid)] == []
 
 

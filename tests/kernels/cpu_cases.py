@@ -89,7 +89,6 @@ class PagedBatch:
             block_table=self.block_table[[seq for seq, _, _ in steps]],
             slot_mapping=torch.cat(slots),
             positions=positions,
-            max_query_len=max(lengths),
             max_seq_len=max(end for _, _, end in steps),
         )
         return meta, rows

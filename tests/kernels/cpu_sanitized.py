@@ -24,7 +24,6 @@ def run_attention(ops: CPUOps, dtype: torch.dtype) -> None:
         block_table=torch.stack((torch.arange(19), torch.arange(19).flip(0))).int() + 1,
         slot_mapping=torch.cat((torch.arange(32, 32 + total), torch.tensor([19 * 32]))),
         positions=torch.cat((torch.arange(total), torch.tensor([0]))),
-        max_query_len=total,
         max_seq_len=total,
     )
     qkv = torch.randn(total + 1, (6 + 4) * 48).to(dtype)

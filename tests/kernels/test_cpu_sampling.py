@@ -8,27 +8,10 @@ import torch
 from llmserve.kernels.ops import SamplingTensors
 from llmserve.kernels.reference import ReferenceOps
 from tests.kernels.cpu_cases import ISA_NAMES, cpu_ops, needs_compiler
-from tests.kernels.sampling_cases import DRAWS
+from tests.kernels.sampling_cases import DRAWS, sampling_tensors
 
 pytestmark = needs_compiler
 REFERENCE = ReferenceOps()
-
-
-def _sampling(
-    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> SamplingTensors:
-    return SamplingTensors(
-        temperature=torch.full((rows,), temperature),
-        top_k=torch.full((rows,), top_k),
-        top_p=torch.full((rows,), top_p),
-        min_p=torch.full((rows,), min_p),
-        seeds=torch.arange(rows) * 0x1_2345_6789 - 40,
-        positions=torch.arange(rows) * 3,
-        all_greedy=temperature == 0,
-        any_top_k=top_k > 0,
-        any_top_p=top_p < 1,
-        any_min_p=min_p > 0,
-    )
 
 
 @pytest.mark.parametrize("isa", ISA_NAMES)
@@ -38,7 +21,7 @@ def test_draws_equal_the_reference(isa: str, spread: float, parameters: dict[str
     rows, vocab = 24, 5003
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * spread
     logits[:, 100:140] = -torch.inf  # masked
-    sampling = _sampling(rows, **parameters)  # type: ignore[arg-type]
+    sampling = sampling_tensors(rows, **parameters)  # type: ignore[arg-type]
     assert torch.equal(cpu_ops(isa).sample(logits, sampling), REFERENCE.sample(logits, sampling))
 
 
@@ -46,11 +29,11 @@ def test_draws_equal_the_reference(isa: str, spread: float, parameters: dict[str
 def test_the_smallest_id_wins_among_equals(isa: str) -> None:
     logits = torch.zeros(3, 100)
     logits[1, [37, 70]], logits[2, 99] = 2.0, 3.0
-    assert cpu_ops(isa).sample(logits, _sampling(3, 0.0)).tolist() == [0, 37, 99]
+    assert cpu_ops(isa).sample(logits, sampling_tensors(3, 0.0)).tolist() == [0, 37, 99]
 
 
 def test_rows_mix_greedy_and_drawn() -> None:
-    logits, sampling = torch.randn(4, 300), _sampling(4)
+    logits, sampling = torch.randn(4, 300), sampling_tensors(4)
     sampling.temperature[[0, 2]] = 0
     drawn = cpu_ops(ISA_NAMES[0]).sample(logits, sampling)
     assert torch.equal(drawn, REFERENCE.sample(logits, sampling))

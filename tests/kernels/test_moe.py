@@ -72,14 +72,14 @@ def test_a_row_is_the_same_bits_whoever_shares_its_experts(ops: Ops, routing: Ro
     def run(part: slice) -> torch.Tensor:
         rows = ReferenceMoE(ops).route(logits[part], routing, None)
         packed = ReferenceMoE(ops).pack_experts(experts, len(experts))
-        y = ReferenceMoE(ops).grouped_linear(x[part][rows.source_rows], packed, rows, torch.float32)
+        y = ReferenceMoE(ops).grouped_linear(x[part][rows.source_rows], packed, rows)
         return ReferenceMoE(ops).combine_experts(y, rows, dtype, shared[part], gate[part])
 
     whole = run(slice(0, 301))
     for start, stop in [(0, 1), (5, 6), (300, 301), (3, 10), (17, 250), (100, 301)]:
         assert torch.equal(run(slice(start, stop)), whole[start:stop]), (start, stop)
     for row, chosen in list(enumerate(assignments(ops, logits, routing)))[::23]:
-        answers = [weight * ops.linear(x[row : row + 1], experts[expert], torch.float32) for expert, weight in chosen]
+        answers = [weight * ops.linear(x[row : row + 1], experts[expert]).float() for expert, weight in chosen]
         expected = sum(answers) + gate[row].sigmoid() * shared[row : row + 1].float()
         torch.testing.assert_close(
             whole[row : row + 1].float(), expected, atol=0, rtol=2e-2 if dtype != torch.float32 else 1e-5

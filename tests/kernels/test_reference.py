@@ -129,7 +129,6 @@ def build_meta(query_lens: list[int], seq_lens: list[int], block_size: int, seed
         block_table=table,
         slot_mapping=torch.tensor(slots),
         positions=torch.tensor(positions),
-        max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
 
@@ -221,7 +220,6 @@ class TestPagedAttention:
                 block_table=table.expand(len(cuts), -1),
                 slot_mapping=torch.zeros(len(rows), dtype=torch.int64),
                 positions=rows,
-                max_query_len=max(lengths),
                 max_seq_len=max(end for _, end in cuts),
             )
             return OPS.paged_attention(q[rows], cache, meta, 0.125, window)

@@ -30,7 +30,6 @@ def test_blocks_are_added_only_when_a_token_needs_one() -> None:
     assert manager.allocate("a", 4) == []
     assert manager.allocate("a", 5) == [1]
     assert manager.block_ids("a") == [0, 1]
-    assert manager.usage == 0.5
 
 
 def test_allocation_fails_whole_or_not_at_all() -> None:
@@ -305,7 +304,6 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
     @invariant()
     def counts_and_tables_agree(self) -> None:
         assert self.manager.num_free_blocks == len(self.free)
-        assert self.manager.usage == pytest.approx(1 - len(self.free) / self.num_blocks)
         held = [block_id for request in self.requests.values() for block_id in request.block_ids]
         assert [held.count(block_id) for block_id in range(self.num_blocks)] == self.ref_counts
         for request_id, request in self.requests.items():
@@ -321,7 +319,6 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
         for request_id in self.requests:
             self.manager.remove(request_id)
         assert self.manager.num_free_blocks == self.num_blocks
-        assert self.manager.usage == 0
 
 
 TestKVCacheManagerMachine = KVCacheManagerMachine.TestCase

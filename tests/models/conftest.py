@@ -190,7 +190,6 @@ class PagedDriver:
             block_table=torch.tensor(table, dtype=torch.int32),
             slot_mapping=torch.tensor(slots),
             positions=torch.tensor(positions),
-            max_query_len=max(len(ids) for ids in tokens.values()),
             max_seq_len=max(self.lengths[seq] for seq in tokens),
         )
         with torch.inference_mode():

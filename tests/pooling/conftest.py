@@ -75,13 +75,13 @@ def load_runner(folder: Path, weight_format: str = "float32", num_threads: int =
 
 
 def run_packed(
-    runner: PoolingRunner, texts: list[list[int]], task: str, types: list[list[int]] | None = None, **options: object
+    runner: PoolingRunner, texts: list[list[int]], task: str, types: list[list[int]] | None = None
 ) -> np.ndarray:
     """The texts as one batch."""
     ids = np.array([token for text in texts for token in text], np.int32)
     bounds = np.cumsum([0] + [len(text) for text in texts]).astype(np.int32)
     packed_types = None if types is None else np.array([kind for text in types for kind in text], np.uint8)
-    return runner.run(ids, packed_types, bounds, task, **options)  # type: ignore[arg-type]
+    return runner.run(ids, packed_types, bounds, task)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session", params=list(ENCODERS))

@@ -27,7 +27,7 @@ def listed(modules: list[tuple[str, str]]) -> list[dict[str, object]]:
 
 DENSE = {"in_features": 16, "out_features": 4, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
 FULL: dict[str, object] = {
-    "config.json": BERT | {"matryoshka_dimensions": [4, 2]},
+    "config.json": BERT,
     "modules.json": listed(MODULES),
     "1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_lasttoken": True, "include_prompt": False},
     "2_Dense/config.json": DENSE,
@@ -47,7 +47,7 @@ def test_everything_said(tmp_path: Path) -> None:
     assert (config.max_model_len, config.num_token_types, config.do_lower_case) == (128, 2, True)
     assert (config.pooling, config.include_prompt, config.normalize) == (("cls", "last"), False, True)
     assert (config.prompts, config.default_prompt_name) == ({"query": "q: "}, "query")
-    assert (config.similarity, config.matryoshka_dimensions) == ("dot", (2, 4))
+    assert config.similarity == "dot"
     assert config.dense[0].activation == "identity"
 
 

@@ -40,21 +40,16 @@ def copy_model(source: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("mode", [*MODES, ["cls", "mean"]])
-@pytest.mark.parametrize("include_prompt", [True, False])
-def test_poolings(
-    tiny_bert: Path, tmp_path: Path, texts, load, run, mode: str | list[str], include_prompt: bool
-) -> None:
+def test_poolings(tiny_bert: Path, tmp_path: Path, texts, load, run, mode: str | list[str]) -> None:
     folder = copy_model(tiny_bert, tmp_path)
-    config = {"embedding_dimension": 64, "pooling_mode": mode, "include_prompt": include_prompt}
+    config = {"embedding_dimension": 64, "pooling_mode": mode}
     write_modules(folder, Pooling=config)
     runner = load(folder)
-    texts = [text for text in texts if len(text) > 2]
     hidden = np.split(run(runner, texts, "token_embed"), np.cumsum([len(text) for text in texts])[:-1])
-    options = {} if include_prompt else {"num_prompt_tokens": np.full(len(texts), 2, np.int32)}
-    actual = run(runner, texts, "embed", **options)
+    actual = run(runner, texts, "embed")
     theirs = modules.Pooling(**config)
     for row, states in zip(actual, hidden, strict=True):
-        features = {"token_embeddings": torch.from_numpy(states)[None], "prompt_length": 2}
+        features = {"token_embeddings": torch.from_numpy(states)[None]}
         features["attention_mask"] = torch.ones(1, len(states), dtype=torch.long)
         expected = theirs(features)["sentence_embedding"][0].numpy()
         assert row.shape == expected.shape

@@ -112,7 +112,7 @@ def running(embed_folder: Path) -> Running:
         try:
             yield model
         finally:
-            await model.stop(drain_s=0.0)
+            await model.stop()
 
     return run
 

@@ -28,7 +28,6 @@ class Driver:
         max_num_batched_tokens: int = 32,
         max_num_seqs: int = 8,
         max_model_len: int = 1000,
-        long_prefill_token_threshold: int = 0,
         watermark: float = 0.01,
         enable_prefix_caching: bool = True,
         policy: Policy | None = None,
@@ -47,14 +46,12 @@ class Driver:
             budget=FixedBudget(max_num_batched_tokens),
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            long_prefill_token_threshold=long_prefill_token_threshold,
             watermark=watermark,
             drafter=self.drafter,
         )
         self.makes_way = policy is not None and policy.name == "fair"
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
-        self.max_chunk = long_prefill_token_threshold or max_num_batched_tokens
         self.num_watermark_blocks = math.ceil(watermark * num_blocks)
         self.max_num_tokens = min(max_model_len, num_blocks * block_size)
         self.now_s = 0.0
@@ -108,7 +105,8 @@ class Driver:
     def check_empty(self) -> None:
         assert not self.requests
         assert self.kv_cache.num_free_blocks == self.kv_cache.num_blocks
-        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        stats = self.scheduler.stats()
+        assert stats.num_running == stats.num_waiting == 0
         output, updates = self.step()  # carries the last finished ids, and nothing else
         assert not output.num_scheduled_tokens
         assert not updates
@@ -120,7 +118,6 @@ class Driver:
         started = [new.request_id for new in output.new_requests] + list(output.resumed_requests)
         assert output.total_num_scheduled_tokens <= self.max_num_batched_tokens
         assert len(scheduled) <= self.max_num_seqs
-        assert all(num_tokens <= self.max_chunk for num_tokens in scheduled.values())
         # Whoever ran gets a token or is preempted, never both; running requests stand before those that start.
         assert self.running == (scheduled.keys() - set(started)) | set(output.preempted_ids)
         assert not scheduled.keys() & set(output.preempted_ids)

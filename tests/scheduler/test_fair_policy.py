@@ -147,7 +147,7 @@ def random_load(seed: int) -> Load:
     random_ = random.Random(seed)
     load = Load(num_blocks=random_.choice([40, 64, 512]), max_num_seqs=random_.choice([2, 5, 8]))
     for _ in range(300):
-        if load.driver.scheduler.num_waiting < 30 and random_.random() < 0.6:
+        if load.driver.scheduler.stats().num_waiting < 30 and random_.random() < 0.6:
             tenant = random_.choice(["a", "a", "a", "b", "c"])
             load.add(tenant, random_.randint(1, 40), random_.randint(1, 30), random_.choice([0.5, 1.0, 4.0]))
         if load.driver.requests and random_.random() < 0.05:

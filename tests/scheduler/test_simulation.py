@@ -22,7 +22,6 @@ CONFIGS = {
     "tiny pool": {"num_blocks": 16},
     "one long request fills the pool": {"num_blocks": 14, "watermark": 0.0},
     "small budget": {"num_blocks": 30, "max_num_batched_tokens": 6, "max_num_seqs": 6},
-    "chunks of 7": {"num_blocks": 20, "long_prefill_token_threshold": 7},
     "blocks of one token": {"num_blocks": 80, "block_size": 1},
     "no prefix cache": {"num_blocks": 18, "enable_prefix_caching": False},
     "host tier": {"num_blocks": 18, "num_host_blocks": 40},

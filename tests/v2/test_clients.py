@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,10 +22,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from llmserve.backends.general import GeneralModel
-from llmserve.repository.settings import ModelControlMode, RepositorySettings
-from tests.v2.v2_server import V2Server, serve_v2
+from tests.v2.v2_server import GOLDEN, V2Server, serve_golden
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("identity", "identity_bytes", "simple", "repeat", "slow_nodyn", "params", "warm", "llm_stream", "failing")
 
 A = np.arange(16, dtype=np.int32).reshape(1, 16)
@@ -35,12 +32,7 @@ B = np.ones((1, 16), np.int32)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[V2Server]:
-    settings = RepositorySettings(
-        model_repository=(str(GOLDEN / "model_repository"),),
-        model_control_mode=ModelControlMode.EXPLICIT,
-        load_model=MODELS,
-    )
-    with serve_v2(settings, GeneralModel) as running:
+    with serve_golden(MODELS, GeneralModel) as running:
         yield running
 
 

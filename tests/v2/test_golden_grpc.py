@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,10 +14,8 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from llmserve.backends.general import GeneralModel
-from llmserve.repository.settings import ModelControlMode, RepositorySettings
-from tests.v2.v2_server import V2Server, serve_v2
+from tests.v2.v2_server import GOLDEN, V2Server, serve_golden
 
-GOLDEN = Path(__file__).parent / "golden"
 Stub = Any  # of GRPCInferenceService; its generated code has no types
 
 # call -> why our answer is not Triton's
@@ -116,12 +113,7 @@ STREAMS: dict[str, list[service_pb2.ModelInferRequest]] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[V2Server]:
-    settings = RepositorySettings(
-        model_repository=(str(GOLDEN / "model_repository"),),
-        model_control_mode=ModelControlMode.EXPLICIT,
-        load_model=MODELS,
-    )
-    with serve_v2(settings, GeneralModel) as running:
+    with serve_golden(MODELS, GeneralModel) as running:
         yield running
 
 

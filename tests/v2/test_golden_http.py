@@ -10,16 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmserve.backends.general import GeneralModel
-from llmserve.repository.settings import ModelControlMode, RepositorySettings
-from tests.v2.v2_server import V2Server, serve_v2
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.v2.v2_server import GOLDEN, V2Server, serve_golden
 
 SHARED_MEMORY = "shared memory is not served yet: registering answers 501 and says so"
 SEQUENCES = "sequence batching is not served yet: the model is unavailable and says why"
@@ -201,12 +197,7 @@ def shape_of(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[V2Server]:
-    settings = RepositorySettings(
-        model_repository=(str(GOLDEN / "model_repository"),),
-        model_control_mode=ModelControlMode.EXPLICIT,
-        load_model=("*",),
-    )
-    with serve_v2(settings, open_model) as running:
+    with serve_golden(["*"], open_model) as running:
         yield running
 
 

@@ -161,6 +161,26 @@ def test_reload_swaps_and_drops_no_request(tmp_path: Path, write_model: WriteMod
     asyncio.run(run())
 
 
+def test_a_version_that_still_answers_when_its_time_is_over_is_stopped(
+    tmp_path: Path, write_model: WriteModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model("m", gate="1")
+
+    async def run() -> None:
+        repository = open_models(tmp_path, model_control_mode=EXPLICIT, load_model=("*",), exit_timeout_secs=0)
+        await repository.start()
+        in_flight = asyncio.create_task(tags(repository, "m"))
+        await asyncio.sleep(0)
+        await repository.stop()
+        [model] = FakeModel.opened
+        assert model.events == ["start", "stop"]
+        model.open()
+        await in_flight
+
+    asyncio.run(run())
+    assert "Model m version 1 still answers after 0 s: stopped." in caplog.text
+
+
 def test_a_failed_reload_keeps_the_old_one_serving(tmp_path: Path, write_model: WriteModel) -> None:
     write_model("m", tag="old", versions=(1,))
 

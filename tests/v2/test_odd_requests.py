@@ -6,16 +6,13 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmserve.backends.general import GeneralModel
-from llmserve.repository.settings import ModelControlMode, RepositorySettings
-from tests.v2.v2_server import V2Server, serve_v2
+from tests.v2.v2_server import GOLDEN, V2Server, serve_golden
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = (
     *("identity", "identity_batch", "identity_bytes", "simple", "params", "optional_in", "reshape", "multi_version"),
     *("repeat", "llm", "no_config_auto", "identity_bool", "identity_int8"),
@@ -64,12 +61,7 @@ DEVIATIONS: dict[tuple[str, str], str] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[V2Server]:
-    settings = RepositorySettings(
-        model_repository=(str(GOLDEN / "model_repository"),),
-        model_control_mode=ModelControlMode.EXPLICIT,
-        load_model=MODELS,
-    )
-    with serve_v2(settings, partial(GeneralModel, inline=True)) as running:  # none of this comes to depend on a process
+    with serve_golden(MODELS, partial(GeneralModel, inline=True)) as running:  # no process has a part in this
         yield running
 
 

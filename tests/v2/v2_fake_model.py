@@ -87,7 +87,7 @@ class FakeModel:
                 self._statistics.record_failure(FailureReason.CANCELED, 0)
             raise
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self) -> None:
         self.events.append("stop")
         self._ready, self.reason = False, "unloaded"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -24,9 +25,10 @@ from llmserve.http_metrics import HttpMetrics
 from llmserve.repository.data_plane import DataPlane
 from llmserve.repository.model_repository import ModelRepository
 from llmserve.repository.model_version import OpenVersion
-from llmserve.repository.settings import RepositorySettings
+from llmserve.repository.settings import ModelControlMode, RepositorySettings
 
 T = TypeVar("T")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 class V2Server:
@@ -113,3 +115,15 @@ def serve_v2(
         assert not thread.is_alive(), "the server did not stop"
         failed = [item for item in started[1:] if isinstance(item, BaseException)]
         assert not failed, failed
+
+
+@contextmanager
+def serve_golden(models: Sequence[str], opener: OpenVersion) -> Iterator[V2Server]:
+    """Of the models of which Triton's own answers were recorded, these."""
+    settings = RepositorySettings(
+        model_repository=(str(GOLDEN / "model_repository"),),
+        model_control_mode=ModelControlMode.EXPLICIT,
+        load_model=tuple(models),
+    )
+    with serve_v2(settings, opener) as running:
+        yield running

@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import torch
 
-from llmserve.worker.device import DeviceMemory
-
 GARBAGE = 2**20 + 7  # what a buffer of the host holds before the copy into it is done
 
 
@@ -57,7 +55,6 @@ class FakeDevice:
         self._total_bytes = total_bytes
         self.allocated = 0  # told by the test, with
         self.cached = 0  # what of it no tensor uses
-        self.peak = 0
 
     def pinned(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         buffer = torch.zeros(num_elements, dtype=dtype)
@@ -94,12 +91,8 @@ class FakeDevice:
         self.counts["captures"] += 1
         return FakeGraph(self, work)
 
-    def memory(self) -> DeviceMemory:
-        free = self._total_bytes - self.allocated
-        return DeviceMemory(free, self._total_bytes, self.allocated, self.peak, self.allocated)
-
-    def reset_peak(self) -> None:
-        self.peak = self.allocated
+    def free_bytes(self) -> int:
+        return self._total_bytes - self.allocated
 
     def release_cached(self) -> None:
         self.allocated -= self.cached

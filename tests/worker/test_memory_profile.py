@@ -62,7 +62,7 @@ class Trial:
 @pytest.mark.parametrize(("num_graphs", "graph_mib"), [(0, 0), (2, 40), (4, 40 + 3 + 1), (42, 40 + 2 * 40)])
 def test_what_a_step_and_the_graphs_take_is_seen(num_graphs: int, graph_mib: int) -> None:
     device = FakeDevice()
-    free_at_start = device.memory().free
+    free_at_start = device.free_bytes()
     device.allocated += 123 * MIB  # the weights
     measured = measure_memory(device, lambda plan, at: Trial(plan, at, num_graphs), PLAN, free_at_start)
     assert measured == MeasuredMemory(123 * MIB, 60 * MIB + BLOCK, graph_mib * MIB)

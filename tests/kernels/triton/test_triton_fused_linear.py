@@ -195,7 +195,6 @@ def forward(layers: DecoderLayers) -> torch.Tensor:
         block_table=torch.tensor([[1]], dtype=torch.int32, device=DEVICE),
         slot_mapping=torch.arange(16, 19, device=DEVICE),
         positions=torch.arange(3, device=DEVICE),
-        max_query_len=3,
         max_seq_len=3,
     )
     return layers.forward(torch.randn(3, HIDDEN).to(DEVICE, torch.bfloat16), meta, caches)

@@ -94,7 +94,7 @@ def test_a_layer_of_experts(mine: TritonMoE, fmt: str, dtype: torch.dtype) -> No
 
     def run_layer(part: slice) -> torch.Tensor:
         rows = mine.route(logits[part].to(DEVICE), routing)
-        y = mine.grouped_linear(x[part].to(DEVICE)[rows.source_rows], weights, rows, torch.float32)
+        y = mine.grouped_linear(x[part].to(DEVICE)[rows.source_rows], weights, rows)
         return mine.combine_experts(y, rows, dtype, shared[part].to(DEVICE), gate[part].to(DEVICE)).cpu()
 
     whole = run_layer(slice(0, 41))

@@ -58,7 +58,6 @@ def run(folder: Path, ops: Ops, device: torch.device, quantization: str) -> tupl
         block_table=torch.tensor([[1]], dtype=torch.int32, device=device),
         slot_mapping=torch.arange(16, 16 + TOKENS, device=device),
         positions=torch.arange(TOKENS, device=device),
-        max_query_len=TOKENS,
         max_seq_len=TOKENS,
     )
     with torch.inference_mode():

@@ -17,30 +17,13 @@ from llmserve.kernels.triton.noise import gumbel, noise_keys
 from llmserve.kernels.triton.sampling import sample
 from llmserve.kernels.triton.thresholds import MAX_CANDIDATES
 from tests.kernels.adjustment_cases import random_adjustments, with_adjustments
-from tests.kernels.sampling_cases import DRAWS
+from tests.kernels.sampling_cases import DRAWS, sampling_tensors
 from tests.kernels.test_reference_sampling import FILTERS, check_distribution
 from tests.kernels.triton.interpreter import KernelFault
 from tests.kernels.triton.triton_cases import DEVICE, IS_INTERPRETED, REFERENCE, triton_ops
 
 SEEDS = [0, 1, -1, 42, 2**31, 2**63 - 1, -(2**63), 0x123456789ABCDEF]
 POSITIONS = [0, 1, 7, 2**31 - 1, 2**31, 8191, 2**32 + 5, 3]
-
-
-def sampling_tensors(
-    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> SamplingTensors:
-    return SamplingTensors(
-        temperature=torch.full((rows,), temperature),
-        top_k=torch.full((rows,), top_k),
-        top_p=torch.full((rows,), top_p),
-        min_p=torch.full((rows,), min_p),
-        seeds=torch.arange(rows) * 0x1_2345_6789 - 40,
-        positions=torch.arange(rows) * 3,
-        all_greedy=temperature == 0,
-        any_top_k=top_k > 0,
-        any_top_p=top_p < 1,
-        any_min_p=min_p > 0,
-    )
 
 
 def draw(logits: torch.Tensor, sampling: SamplingTensors, max_candidates: int = MAX_CANDIDATES) -> torch.Tensor:
