@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
@@ -55,6 +55,7 @@ class Answer:
     num_tokens: int = 0
     retry_after: str = ""
     finished_at_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)  # between two arrivals of tokens
 
 
 async def serve(load: Load, keys: Path) -> None:
@@ -116,7 +117,7 @@ async def ask(port: int, key: str, prompt: list[int], num_tokens: int, timeout_s
         f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
         f"content-type: application/json\r\nconnection: close\r\n{limit}content-length: {len(body)}\r\n\r\n"
     )
-    answer, begin_s = Answer(), time.perf_counter()
+    answer, begin_s, last_s = Answer(), time.perf_counter(), 0.0
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
@@ -128,9 +129,12 @@ async def ask(port: int, key: str, prompt: list[int], num_tokens: int, timeout_s
         if b"retry-after: " in received:
             answer.retry_after = received.partition(b"retry-after: ")[2].partition(b"\r\n")[0].decode()
         while data := await reader.read(65536):
-            count = data.count(b'"text":')
+            count, now_s = data.count(b'"text":'), time.perf_counter()
             if count and not answer.num_tokens:
-                answer.first_token_s = time.perf_counter() - begin_s
+                answer.first_token_s = now_s - begin_s
+            elif count:
+                answer.gaps_s.append(now_s - last_s)
+            last_s = now_s
             answer.num_tokens += count
     except (OSError, asyncio.IncompleteReadError):
         answer.status = 0

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 
 from llmserve import __version__
-from llmserve.errors import LLMServeError
+from llmserve.config import ServeConfig
+from llmserve.errors import ConfigError, LLMServeError
 from llmserve.settings import add_setting_flags
 
 
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("bench", "measure any OpenAI-compatible server", _add_bench),
         ("models", "list the models that are embedded, cached and loadable", _add_models),
         ("keys", "make an API key", _add_keys),
+        ("health", "ask the server on this machine whether it is well", _add_health),
         ("pull", "fetch a model without serving it", _add_pull),
     ):
         command = commands.add_parser(name, help=text, allow_abbrev=False)  # --api-key is not short for --api-keys
@@ -68,14 +70,28 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is imported: it warns at every child
-        from llmserve.serve import serve
         from llmserve.settings import load_serve_config, unknown_variables
 
         for told in unknown_variables():
             print(f"llmserve: {told}", file=sys.stderr)
-        return serve(load_serve_config(vars(args)))
+        config = load_serve_config(vars(args))
+        _require_server_threads(config)  # before the imports: libraries start some there already
+        from llmserve.serve import serve
+
+        return serve(config)
 
     parser.set_defaults(run=run)
+
+
+def _require_server_threads(config: ServeConfig) -> None:
+    """Raises ConfigError if there are not enough for the server and the engines it is to start."""
+    from llmserve.threads import ThreadLimitError, engine_threads, require_threads, server_threads
+
+    try:
+        engines = sum(engine_threads(entry.engine.num_threads) for entry in config.models)
+        require_threads(server_threads() + engines, "The server with its engines")
+    except ThreadLimitError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +120,13 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 
     keys.add_arguments(parser)
     parser.set_defaults(run=keys.run)
+
+
+def _add_health(parser: argparse.ArgumentParser) -> None:
+    from llmserve.tools import health
+
+    health.add_arguments(parser)
+    parser.set_defaults(run=health.run)
 
 
 def _add_pull(parser: argparse.ArgumentParser) -> None:

@@ -64,6 +64,7 @@ class GeneralModels:
                 self.plane,
                 self._server.host,
                 port,
+                self._entrance.grpc_settings(self._server.max_body_bytes),
                 interceptors=[self._entrance.grpc_door()],
                 credentials=self._entrance.grpc_credentials(),
             )

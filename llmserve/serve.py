@@ -37,6 +37,7 @@ from llmserve.repository.embedded import DEFAULT_EMBEDDING, DEFAULT_LLM
 from llmserve.repository.language_models import LanguageModels
 from llmserve.repository.served_models import ServedModels, open_llm
 from llmserve.repository.sources import ModelSource, resolve_model
+from llmserve.threads import start_executor
 from llmserve.tools.progress import StartupDisplay
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class _Server:
         for entry, source in self._sources:
             self._open(entry, source)
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(start_executor())
         http = self._http_server(lambda: loop.call_soon_threadsafe(begin_drain))
         # uvicorn takes over both signals, and raises them again once it is done: then the engines end by themselves
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -224,7 +224,7 @@ class Scheduler:
         num_free_slots = (self._kv_cache.num_free_blocks - self._num_watermark_blocks) * self._kv_cache.block_size
         if len(running) >= self._max_num_seqs or num_free_slots < num_new:
             self._preempt(running.last, output)
-        return min(num_new, (num_tokens - len(running)) // 2)
+        return min(num_new, num_tokens - len(running))
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
         """Takes a running request's blocks; it will be recomputed, from whatever of them is still cached then."""

@@ -130,6 +130,8 @@ def _compile(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
 def _run(command: list[str]) -> str:
     try:
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except BlockingIOError:
+        raise  # no process to be had just now: that says nothing about the compiler
     except OSError as error:
         raise BuildError(f"{command[0]}: {error.strerror}") from error
     if result.returncode:

@@ -63,6 +63,7 @@ class Library:
     """The functions of one built library and the thread pool they run on. `close` ends the threads."""
 
     def __init__(self, path: Path, isa: str, num_threads: int) -> None:
+        self.path = path
         self.isa = isa
         self.pool: int | None = None
         self._dll = ctypes.CDLL(str(path))
@@ -86,6 +87,12 @@ class Library:
         if not self.pool:
             raise MemoryError("no memory for the kernels' thread pool")
         self.num_threads: int = self._function("llm_pool_threads", i, p)(self.pool)
+        if self.num_threads < num_threads:
+            logger.warning(
+                "The kernels run on %d threads instead of %d: the system gives no more. Raise the limit of this user's "
+                "processes (ulimit -u), or the container's limit of pids.",
+                *(self.num_threads, num_threads),
+            )
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
         function = getattr(self._dll, name)
@@ -106,7 +113,8 @@ class Library:
 def load_library(num_threads: int, isa: str | None = None) -> Library | None:
     """The kernels for `isa`, or for the best instruction set that the host has and the compiler knows.
 
-    None, with a line in the log, if nothing can be built. An `isa` the host lacks is a ValueError.
+    None, with a line in the log, if nothing can be built. An `isa` the host lacks is a ValueError; a compiler that
+    cannot be started for want of processes is a BlockingIOError.
     """
     candidates = [known for known in host_isas() if isa in (None, known.name)]
     if not candidates:
@@ -114,6 +122,8 @@ def load_library(num_threads: int, isa: str | None = None) -> Library | None:
     for candidate in candidates:
         try:
             return Library(build_library(candidate), candidate.name, num_threads)
+        except BlockingIOError:
+            raise  # for want of a process: the next attempt may find one, and other kernels would mean other answers
         except (BuildError, OSError) as error:
             reason = str(error)
             logger.info("CPU kernels for %s cannot be built: %s", candidate.name, reason)

@@ -17,10 +17,11 @@ from starlette.types import ASGIApp, Scope
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
 from llmserve.api.http_protocol import DirectHandler
-from llmserve.api.http_server import http_config, open_tls
+from llmserve.api.http_server import grpc_settings, http_config, open_tls
 from llmserve.api.journal import Journal
 from llmserve.api.tenant_metrics import TenantMetrics
 from llmserve.api.tracing import Tracer, open_tracer, pass_on, read_traceparent
+from llmserve.api.v2_grpc import GrpcSettings
 from llmserve.api.v2_grpc_door import GrpcDoor
 from llmserve.api_keys import ApiKeys
 from llmserve.config import DoorConfig
@@ -90,6 +91,10 @@ class Entrance:
     def grpc_credentials(self) -> Any:
         """None without TLS."""
         return None if self._tls is None else self._tls.grpc_credentials()
+
+    def grpc_settings(self, max_body_bytes: int) -> GrpcSettings:
+        """The limits of the gRPC server; `max_body_bytes` bounds a message too."""
+        return grpc_settings(self._config, max_body_bytes)
 
     def close(self) -> None:
         """Sends the spans that are left."""

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 Part = bytes | bytearray | memoryview
 HeaderList = Sequence[tuple[bytes, bytes]]
+_MAX_PIPELINED = 256  # requests that wait behind another on their connection: some 2 KiB each, whoever sends them
 _SMALL_BYTES = 65536  # of a body; up to here a copy is cheaper than one more write to the socket
 MAX_LENGTH_DIGITS = 20  # of a length; the parser takes any number of leading zeros, and int() does not
 
@@ -97,6 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._direct = direct
+        self._answering: RequestResponseCycle | None = None  # by the application
         self._exchange: DirectExchange | None = None  # what is being read or answered on the short way
         self._defaults: HeaderList = ()
         self._default_lines = b""
@@ -108,6 +110,7 @@ class HttpProtocol(HttpToolsProtocol):
             exchange.leave()
             if exchange.more_body and self._direct is not None:
                 self._direct.serve(exchange)
+        self._leave()
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
@@ -139,6 +142,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the request before may have been answered since these bytes came
         if self.parser.should_upgrade():
             return  # it will be here again
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self._leave()
+            self.transport.abort()
+            return
         headers = dict(self.headers)
         if not self._is_direct(headers):
             super().on_headers_complete()
@@ -186,6 +193,19 @@ class HttpProtocol(HttpToolsProtocol):
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """uvicorn's, which remembers the request that came last, not the one that is being answered."""
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _leave(self) -> None:
+        """Nobody is there any more for the request that is being answered, nor for those that wait behind it."""
+        self.pipeline.clear()
+        cycle = self._answering
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def _decline_upgrade(self) -> None:
         """Reads the head again as that of a request which asks for nothing. Raises HttpParserUpgrade for CONNECT."""

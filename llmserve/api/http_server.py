@@ -1,4 +1,7 @@
-"""The HTTP server's own configuration: uvicorn over TLS or not, with limits on connections. Knows no application."""
+"""The HTTP server's own configuration, uvicorn over TLS or not, and the limits of its connections and of gRPC's.
+
+Knows no application.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from starlette.types import ASGIApp
 from llmserve.api.http_connection import ConnectionLimits, LimitedConnections
 from llmserve.api.http_protocol import DirectHandler
 from llmserve.api.tls import TlsFiles
+from llmserve.api.v2_grpc import GrpcSettings
 from llmserve.config import DoorConfig
 from llmserve.http_metrics import HttpMetrics
 
@@ -61,12 +65,25 @@ def raise_file_limit() -> None:
 
 
 def connection_limits(door: DoorConfig) -> ConnectionLimits:
-    """Never more connections than the process may have open files for."""
+    """Never more connections than the process may have open files for: half of those at least, and three quarters less
+    what engines and models want where there are many. The last quarter is gRPC's."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = max(soft - _SPARE_FILES, soft // 2) if soft != resource.RLIM_INFINITY else door.max_connections
+    room = max(3 * soft // 4 - _SPARE_FILES, soft // 2) if soft != resource.RLIM_INFINITY else door.max_connections
     return ConnectionLimits(
         max_connections=min(door.max_connections, room),
         header_timeout_s=door.header_timeout_s,
         body_timeout_s=door.body_timeout_s,
         send_timeout_s=door.send_timeout_s,
+    )
+
+
+def grpc_settings(door: DoorConfig, max_body_bytes: int) -> GrpcSettings:
+    """What bounds HTTP bounds gRPC."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = soft // 4 if soft != resource.RLIM_INFINITY else door.max_connections
+    return GrpcSettings(
+        max_message_bytes=max_body_bytes,
+        max_connections=min(door.max_connections, room),
+        max_concurrent_rpcs=door.max_connections,
+        handshake_timeout_s=door.header_timeout_s,
     )

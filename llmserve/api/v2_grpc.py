@@ -15,7 +15,16 @@ from llmserve.api.v2_grpc_service import ErrorInterceptor, HealthService, Infere
 from llmserve.errors import ConfigError
 from llmserve.repository.data_plane import DataPlane
 
-_UNLIMITED = -1  # as Triton's are: clients choose their own limit
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcSettings:
+    """Triton's flags `--grpc-...`. Answers have no limit: clients choose their own."""
+
+    max_message_bytes: int = 32 * 2**20  # of a request, unpacked too; it is received before anybody asks who sent it
+    max_connections: int = 8192  # one more is closed at once
+    max_concurrent_rpcs: int = 8192  # one more is told RESOURCE_EXHAUSTED
+    handshake_timeout_s: float = 10.0  # a connection must have begun to speak HTTP/2 by then
+    response_compression: str = "none"  # none, deflate or gzip
 
 
 class GrpcServer:
@@ -37,10 +46,14 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=(*interceptors, ErrorInterceptor()),
             options=(
-                ("grpc.max_receive_message_length", _UNLIMITED),
-                ("grpc.max_send_message_length", _UNLIMITED),
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_allowed_incoming_connections", settings.max_connections),
+                ("grpc.server_handshake_timeout_ms", int(settings.handshake_timeout_s * 1000)),
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server behind it
             ),
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+            compression=compressions[settings.response_compression],
         )
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(plane), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(plane), self._server)

@@ -32,6 +32,7 @@ from llmserve.backends.model_messages import (
 )
 from llmserve.backends.transport import FrameLink, Payload
 from llmserve.errors import LLMServeError, ModelExecutionError, ModelLoadError
+from llmserve.threads import require_threads
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class InstanceProcess:
         """Starts the process; it says its signature, or that it has loaded. Raises ModelLoadError."""
         self._loop = asyncio.get_running_loop()
         try:
+            require_threads(1 + self._launch.num_threads, "A model's process")
             self._process = await self._start_process()
         except OSError as error:
             raise ModelLoadError(f"{self.name}: its process cannot be started: {error}") from error

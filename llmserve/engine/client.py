@@ -92,7 +92,7 @@ class EngineClient:
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> EngineReady:
         """Starts the process and waits until it takes requests. Raises what the engine says is wrong, and
-        EngineDeadError if there is no process, descriptor or disk to be had for it. `shutdown` cleans up after both.
+        EngineDeadError if there is no process, thread, descriptor or disk to be had. `shutdown` cleans up after both.
         """
         self._ready = asyncio.get_running_loop().create_future()
         try:
@@ -121,7 +121,7 @@ class EngineClient:
             socket.linger = 0
         outbox.bind(f"{endpoint}/in")
         inbox.bind(f"{endpoint}/out")
-        engine = await self._processes.take()
+        engine = await self._processes.take(self._config.num_threads)
         self._process, self._recorder = engine.process, engine.recorder
         launch = EngineLaunch(
             self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), engine.recorder_fd, self._log_level

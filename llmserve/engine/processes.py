@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
+from llmserve.threads import engine_threads, require_threads, standby_threads
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,12 @@ class EngineProcesses:
         """The process that waits now."""
         return self._standby.process.pid if self._standby is not None else None
 
-    async def take(self) -> EngineProcess:
-        """A process that nobody has told anything yet: the standby, or a new one. Raises OSError.
+    async def take(self, num_threads: int | None = None) -> EngineProcess:
+        """A process that nobody has told anything yet, to compute on `num_threads`: the standby, or a new one.
 
-        A standby that is still importing is taken too: it is ahead of a new one.
+        A standby that is still importing is taken too: it is ahead of a new one. Raises OSError.
         """
+        require_threads(engine_threads(num_threads, is_standby=self._standby is not None), "An engine")
         standby, self._standby = self._standby, None
         if standby is None:
             return await start_process(self._command)
@@ -125,13 +127,14 @@ class EngineProcesses:
         pause_s = 0.5
         while True:
             try:
+                require_threads(standby_threads(), "A standby engine")
                 self._standby = await start_process(command)
                 status = await self._standby.process.wait()
                 standby, self._standby = self._standby, None
                 await standby.end()
                 reason = f"it ended with status {status}"
             except OSError as error:
-                reason = str(error)
+                reason = str(error).rstrip(".")
             logger.warning("There is no standby engine: %s. Another is started in %.1f s", reason, pause_s)
             over = asyncio.Event()
             asyncio.get_running_loop().call_later(pause_s, over.set)

@@ -25,6 +25,7 @@ from llmserve.repository.versions import scan_versions
 from llmserve.repository.wheels import Fetch, fetch_files
 
 _MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 1024
 _FILE_PREFIX = "file:"
 _CONFIG_PBTXT = "config.pbtxt"
 _MODEL_TOML = "model.toml"
@@ -112,8 +113,13 @@ def write_model_folder(name: str, config: ModelConfig, files: Mapping[str, bytes
     try:
         for key, content in files.items():
             target = path / _safe_relative_path(key)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+            except OSError as error:
+                raise InvalidRequestError(
+                    f"The load parameter {key[:128]!r} cannot be written: {error.strerror}.", key[:128]
+                ) from error
         return read_model_folder(name, path, path, config=config, temporary=True)
     except BaseException:
         shutil.rmtree(path.parent, ignore_errors=True)
@@ -189,7 +195,7 @@ def _safe_relative_path(key: str) -> Path:
     """`file:1/model.py` -> 1/model.py."""
     relative = PurePosixPath(key.removeprefix(_FILE_PREFIX))
     unsafe = not key.startswith(_FILE_PREFIX) or relative.is_absolute() or ".." in relative.parts or not relative.parts
-    if unsafe or "\\" in key or not key.isprintable():
+    if unsafe or "\\" in key or not key.isprintable() or len(key.encode()) > _MAX_PATH_BYTES:
         raise InvalidRequestError(
             f"The load parameter {key[:128]!r} is not valid: files are named 'file:<version>/<path>'.",
             key[:128],

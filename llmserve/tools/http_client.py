@@ -171,14 +171,21 @@ class Connection(asyncio.Protocol):
 class HttpClient:
     """Sends requests to one server over kept-alive connections, opening as many as there are requests at a time."""
 
-    def __init__(self, url: str, headers: dict[str, str], clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: dict[str, str],
+        clock: Clock = time.perf_counter,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls`: what of an https server is trusted; by default what the system trusts."""
         self.url = Url(url)
         self.clock = clock
         lines = {"Host": self.url.netloc, "User-Agent": "llmserve", "Content-Type": "application/json", **headers}
         if any(set("\r\n") & set(value) for value in lines.values()):
             raise ConfigError("A header value (the API key, for example) may not contain a line break.")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        self._ssl = ssl.create_default_context() if self.url.tls else None
+        self._ssl = (tls or ssl.create_default_context()) if self.url.tls else None
         self._idle: deque[Connection] = deque()
 
     async def __aenter__(self) -> Self:

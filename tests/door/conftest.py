@@ -22,6 +22,7 @@ from llmserve.api.settings import ApiSettings
 from llmserve.api_keys import new_key
 from llmserve.config import DoorConfig
 from llmserve.metrics import Metrics
+from llmserve.threads import start_executor
 from tests.api.conftest import Directory, Script, ScriptedModel
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -62,6 +63,7 @@ def run_guarded(door: DoorConfig, settings: ApiSettings, plane: Any = None) -> I
 
     async def main(listener: socket.socket) -> None:
         loops.append(asyncio.get_running_loop())
+        loops[0].set_default_executor(start_executor())  # as `serve` does
         started.set()
         await server.serve(sockets=[listener])
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -24,13 +24,14 @@ START_S = 120.0  # on a machine that does other things too; an idle one needs th
 class Server:
     """`llmserve serve` on a free port, stopped and gone at the end."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        """`prefix`: a command that runs it as somebody else; `environment`: theirs."""
         if "--embedding-model" not in args:
             args = (*args, "--embedding-model", "none")  # a process less to start
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmserve.cli", "serve", "--port", "0", *args],
+            [*prefix, sys.executable, "-m", "llmserve.cli", "serve", "--port", "0", *args],
             stderr=subprocess.PIPE,
-            env=os.environ | {"COLUMNS": "200"},
+            env={**(os.environ if environment is None else environment), "COLUMNS": "200"},
             text=True,
         )
         self.output = ""
@@ -44,7 +45,7 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.output += line
-            if match := re.search(r"Ready in .*: (http://\S+)/v1", line):
+            if match := re.search(r"Ready in .*: (https?://\S+)/v1", line):
                 self.url = match[1]
                 self._ready.set()
         self._ready.set()  # it ended without

@@ -73,6 +73,19 @@ def test_a_flood_does_not_move_a_quiet_tenants_first_token() -> None:
     assert p99(unfair) > 20 * p99(alone)  # what it is that the policy prevents
 
 
+def test_who_is_served_at_once_need_not_share_the_step_with_the_prompts_of_a_flood() -> None:
+    load = Load()
+    for _ in range(4):
+        load.add("flood", 4, 100)
+    load.add("flood", 300, 8)
+    for _ in range(3):
+        load.step()
+    load.tokens.clear()
+    load.add("quiet", 58, 4)  # of 64 tokens a step the flood's long prompt would take all but four
+    load.step()
+    assert load.tokens == {"flood": 4, "quiet": 1}
+
+
 @pytest.mark.parametrize(("weights", "expected"), [((1.0, 1.0), 1.0), ((1.0, 3.0), 3.0)])
 def test_tokens_follow_the_weights(weights: tuple[float, float], expected: float) -> None:
     """Two floods, one of few long requests and one of many short ones."""

@@ -286,13 +286,16 @@ def test_load_with_inline_configuration_and_files(tmp_path: Path, write_model: W
 
 @pytest.mark.parametrize(
     "key",
-    ["file:../x", "file:1/../../x", "file:/etc/x", "file:", "nofile", "file:1\\..\\x", "file:1/a\nb", "file:.."],
+    [
+        *("file:../x", "file:1/../../x", "file:/etc/x", "file:", "nofile", "file:1\\..\\x", "file:1/a\nb", "file:.."),
+        *(f"file:1/{'d/' * 2000}x", f"file:1/{'a' * 300}"),
+    ],
 )
 def test_uploads_stay_inside(tmp_path: Path, write_model: WriteModel, key: str) -> None:
     async def run() -> None:
         repository = open_models(tmp_path, model_control_mode=EXPLICIT)
         await repository.start()
-        with pytest.raises(InvalidRequestError, match="not valid"):
+        with pytest.raises(InvalidRequestError, match=r"not valid|File name too long"):
             await repository.load("up", '{"backend": "python"}', {key: b""})
         assert await lines(repository) == []
 

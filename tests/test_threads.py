@@ -1,0 +1,66 @@
+"""Threads are asked for before they are needed, and those of the executor are all there from the start."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import wait
+
+import pytest
+
+from llmserve import cli, threads
+from llmserve.threads import ThreadLimitError
+
+
+class Granted:
+    """In the place of `threading.Thread.start`: so many are granted, and no more."""
+
+    def __init__(self, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        start = threading.Thread.start
+        self.num_left = num_threads
+
+        def limited(thread: threading.Thread) -> None:
+            if not self.num_left:
+                raise RuntimeError("can't start new thread")
+            self.num_left -= 1
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+def test_what_is_asked_for_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    granted = Granted(20, monkeypatch)
+    threads.require_threads(20, "A test")
+    assert granted.num_left == 0
+    assert threading.active_count() == before
+
+
+def test_too_few_are_an_error_that_counts_them_and_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    Granted(3, monkeypatch)
+    with pytest.raises(ThreadLimitError, match=r"A test needs about 4 threads, .* only 3 more\. .*ulimit -u"):
+        threads.require_threads(4, "A test")
+    assert threading.active_count() == before
+
+
+def test_the_executor_needs_no_thread_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = threads.start_executor()
+    Granted(0, monkeypatch)
+    with executor:
+        wait([executor.submit(threading.Event().wait, 0.001) for _ in range(200)])
+
+
+def test_an_executor_without_all_its_threads_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    Granted(2, monkeypatch)
+    with pytest.raises(ThreadLimitError, match="working threads cannot be started"):
+        threads.start_executor()
+    assert threading.active_count() == before
+
+
+def test_a_server_without_enough_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Granted(5, monkeypatch)
+    assert cli.main(["serve", "--port", "0"]) == 1
+    assert "the system gives only 5 more" in capsys.readouterr().err
