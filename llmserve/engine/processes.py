@@ -103,8 +103,8 @@ class EngineProcesses:
         return standby
 
     def prepare(self) -> None:
-        """Starts a standby in the background, unless there is one. To be called when an engine has got ready: two
-        processes that import at the same time would hold each other up."""
+        """Starts a standby in the background, unless there is one. To be called when an engine has got ready, or while
+        none is started: two processes that import at the same time would hold each other up."""
         if self._standby_command is None or self._standby is not None:
             return
         if self._keeping is None or self._keeping.done() or self._keeping.cancelling():
