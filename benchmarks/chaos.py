@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import tempfile
@@ -23,10 +24,13 @@ from typing import Any
 import httpx
 import openai
 
-from benchmarks.chaos_harm import HARM, Attacker, Pauses, PauseSummary
+from benchmarks.chaos_harm import HARM, Attacker, Pauses, Summary
 from benchmarks.chaos_server import MODEL, Server
 
 NUM_PARTS = 10  # of the run, whose memory is told
+POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)  # that an event loop may start at any time, and keeps
+MAX_GROWTH_MIB = 10.0  # a version of the model that is not let go of is 12; the room for two comes and goes
+MIN_JUDGED_S = 240.0  # in less there is hardly a reload in each half
 NUM_LONGEST = 10  # pauses that are told one by one
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
 # Greedy and seeded, plain and with everything that looks back at what was said, one answer and several.
@@ -61,11 +65,11 @@ class Report:
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
-    pauses: dict[str, PauseSummary] = field(default_factory=dict)  # of streams, by the harm that fell into them
+    pauses: dict[str, Summary] = field(default_factory=dict)  # of streams, by the harm that fell into them
     longest_pauses: list[str] = field(default_factory=list)
-    recovery_s: float = 0.0  # mean
-    restarts: int = 0
+    restarts: Summary | None = None  # from a death until another engine takes requests
     memory_mib: list[float] = field(default_factory=list)  # of the server process: before, in each part, at rest
+    memory_growth_mib: float = 0.0  # in the second half
 
     @property
     def good(self) -> bool:
@@ -108,20 +112,29 @@ class Chaos:
         await harm
         await self._attacker.end()
         await self._until_idle()
-        report.memory_mib += [*await memory, round(server.memory_mib(), 1)]
+        self._judge_memory(await memory, seconds)
         report.harm = dict(self._attacker.counts)
         report.pauses = self._pauses.by_harm(self._attacker.done)
         report.longest_pauses = self._pauses.longest(NUM_LONGEST, self._attacker.done)
+        before["threads"] += POOL_THREADS
         for what, count in server.holdings().items():
             if count > before[what]:
                 report.left_behind.append(f"{count - before[what]} {what}")
         if server.metric("llmserve:kv_cache_usage_perc"):
             report.left_behind.append("blocks")
-        report.restarts = int(server.metric("llmserve:engine_restarts_total"))
-        if report.restarts:
-            report.recovery_s = server.metric("llmserve:engine_recovery_seconds_sum") / report.restarts
+        if recoveries_s := server.recoveries_s():
+            report.restarts = Summary.of(recoveries_s)
         await self._client.close()
         return report
+
+    def _judge_memory(self, parts_mib: list[float], seconds: float) -> None:
+        """Level is what does not grow in the second half; the least of several parts, because of reloads."""
+        report, half, quarter = self.report, NUM_PARTS // 2, NUM_PARTS // 4
+        report.memory_mib += [*parts_mib, round(self._server.memory_mib(), 1)]
+        growth = min(parts_mib[-quarter:]) - min(parts_mib[half - quarter : half])
+        report.memory_growth_mib = round(growth, 1)
+        if seconds >= MIN_JUDGED_S and growth > MAX_GROWTH_MIB:
+            report.left_behind.append(f"{growth:.0f} MiB")
 
     async def _crowd(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds

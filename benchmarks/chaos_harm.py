@@ -20,6 +20,7 @@ from benchmarks.chaos_server import MODEL, STALL_TIMEOUT_S, Server
 HARM = {"killed": 5, "stopped": 2, "held up": 2, "starved": 3, "reloaded": 1, "standby killed": 1}  # how often each
 RANDOM_SEED = 5932  # every kind of harm is among the first six, a kill first: so in a short run too
 MIN_PAUSE_S = 0.5  # what is shorter is no pause, but a busy machine
+_ON_THEIR_WAY_S = 0.5  # an engine is not replaced sooner
 _DEADLY = ("killed", "stopped")
 _SPARE_BYTES = 2**16  # that a starved engine may still take: soon it needs more
 
@@ -34,8 +35,8 @@ class Harm:
     end_s: float
 
     def falls_in(self, begin_s: float, end_s: float) -> bool:
-        """Whether it went on in that time."""
-        return self.begin_s <= end_s and self.end_s >= begin_s
+        """Whether it went on in that time, or so shortly before that the last tokens were still on their way."""
+        return self.begin_s <= end_s and self.end_s >= begin_s - _ON_THEIR_WAY_S
 
 
 class Attacker:
@@ -123,13 +124,20 @@ class Attacker:
 
 
 @dataclass
-class PauseSummary:
-    """Of the pauses into which the same harm fell: how many, and how long they were, in seconds."""
+class Summary:
+    """Of several times in seconds: how many, and how long they were."""
 
     num: int
     p50_s: float
     p99_s: float
     longest_s: float
+
+    @classmethod
+    def of(cls, lengths_s: Iterable[float]) -> Summary:
+        """At least one."""
+        ordered = sorted(lengths_s)
+        at = [ordered[round(share * (len(ordered) - 1))] for share in (0.5, 0.99, 1.0)]
+        return cls(len(ordered), *(round(length, 2) for length in at))
 
 
 class Pauses:
@@ -147,7 +155,7 @@ class Pauses:
         """Nothing has been noted."""
         self._pauses.clear()
 
-    def by_harm(self, harms: Iterable[Harm]) -> dict[str, PauseSummary]:
+    def by_harm(self, harms: Iterable[Harm]) -> dict[str, Summary]:
         """By what fell into them: one harm by its kind, several by their number; those of one first."""
         harms = list(harms)
         lengths_s: dict[tuple[int, str], list[float]] = {}
@@ -155,19 +163,16 @@ class Pauses:
             kinds = [harm.kind for harm in harms if harm.falls_in(begin_s, end_s)]
             name = kinds[0] if len(kinds) == 1 else f"{len(kinds)} harms"
             lengths_s.setdefault((len(kinds), name), []).append(end_s - begin_s)
-        return {name: _summary(lengths) for (_, name), lengths in sorted(lengths_s.items())}
+        return {name: Summary.of(lengths) for (_, name), lengths in sorted(lengths_s.items())}
 
     def longest(self, num: int, harms: Iterable[Harm]) -> list[str]:
-        """The longest ones, told: their seconds, and what fell into them after how many."""
+        """The longest ones, one for each set of harms, told: their seconds, and what fell into them after how many;
+        before them, if nothing did."""
         harms = sorted(harms, key=lambda harm: harm.begin_s)
-        told = []
-        for begin_s, end_s in sorted(self._pauses, key=lambda pause: pause[0] - pause[1])[:num]:
-            fell = [f"{h.kind} at {h.begin_s - begin_s:.1f}" for h in harms if h.falls_in(begin_s, end_s)]
-            told.append(f"{end_s - begin_s:.1f} s: {', '.join(fell) or 'no harm'}")
-        return told
-
-
-def _summary(lengths_s: list[float]) -> PauseSummary:
-    ordered = sorted(lengths_s)
-    at = [ordered[round(share * (len(ordered) - 1))] for share in (0.5, 0.99, 1.0)]
-    return PauseSummary(len(ordered), *(round(length, 2) for length in at))
+        told: dict[tuple[int, ...], str] = {}
+        for begin_s, end_s in sorted(self._pauses, key=lambda pause: pause[0] - pause[1]):
+            fell = [harm for harm in harms if harm.falls_in(begin_s, end_s)]
+            fell = fell or [harm for harm in harms if harm.end_s < begin_s][-1:]
+            what = ", ".join(f"{harm.kind} at {harm.begin_s - begin_s:.1f}" for harm in fell)
+            told.setdefault(tuple(map(id, fell)), f"{end_s - begin_s:.1f} s: {what or 'no harm'}")
+        return list(told.values())[:num]

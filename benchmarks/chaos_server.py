@@ -64,6 +64,10 @@ class Server:
         text = httpx.get(f"{self.url}/metrics").text
         return sum(float(value) for value in re.findall(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
 
+    def recoveries_s(self) -> list[float]:
+        """How long it has taken to replace each engine that died."""
+        return [float(took_s) for took_s in re.findall(r"the engine is back after (\S+) s", self.log.read_text())]
+
     def is_ready(self) -> bool:
         """What it says of itself."""
         return httpx.get(f"{self.url}/ready").status_code == 200

@@ -289,7 +289,7 @@ class EngineSupervisor:
         num_explained = 0
         while True:
             if self._backoff.pause_s:
-                self._processes.prepare()  # nobody else imports now
+                self._processes.prepare(is_awaited=True)
                 await self._backoff.wait()
             try:
                 await self._start_engine()
