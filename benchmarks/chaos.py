@@ -29,7 +29,7 @@ from benchmarks.chaos_server import MODEL, Server
 
 NUM_PARTS = 10  # of the run, whose memory is told
 POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)  # that an event loop may start at any time, and keeps
-MAX_GROWTH_MIB = 10.0  # a version of the model that is not let go of is 12; the room for two comes and goes
+MAX_GROWTH_MIB = 24.0  # two versions of the model; room that is free and not given back comes and goes
 MIN_JUDGED_S = 240.0  # in less there is hardly a reload in each half
 NUM_LONGEST = 10  # pauses that are told one by one
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
