@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.chaos import MODEL, Server
+from benchmarks.chaos_server import MODEL, Server
 
 SETTLED = 4  # reloads after which every allocator has what it needs
 # Written down before the first run.
@@ -45,7 +45,7 @@ async def measure(num_reloads: int) -> None:
                 memory_mib, took_s = [], []
                 for _ in range(num_reloads):
                     took_s.append(await reload(server, client))
-                    memory_mib.append(server.info.memory_info().rss / 2**20)
+                    memory_mib.append(server.memory_mib())
                     print(f"{took_s[-1]:.1f} s, {memory_mib[-1]:.1f} MiB", flush=True)
                 after = server.holdings()
         finally:

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
-import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,13 +24,14 @@ from typing import Any
 import httpx
 import openai
 
-from benchmarks.needs import psutil
-from llmserve.engine.launch import PROCESS_NAME
+from benchmarks.chaos_harm import HARM, Attacker, Pauses, Summary
+from benchmarks.chaos_server import MODEL, Server
 
-MODEL = "smollm2-135m-instruct"
-STALL_TIMEOUT_S = 2.0
-START_S = 120.0
-RANDOM_SEED = 5932  # every kind of harm is among the first six, a kill first: so in a short run too
+NUM_PARTS = 10  # of the run, whose memory is told
+POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)  # that an event loop may start at any time, and keeps
+MAX_GROWTH_MIB = 24.0  # two versions of the model; room that is free and not given back comes and goes
+MIN_JUDGED_S = 240.0  # in less there is hardly a reload in each half
+NUM_LONGEST = 10  # pauses that are told one by one
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
 # Greedy and seeded, plain and with everything that looks back at what was said, one answer and several.
 REQUESTS: tuple[dict[str, Any], ...] = (
@@ -54,9 +51,6 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": "She said:", "temperature": 1.0, "seed": 5, "stop": [" the end of it"], "extra_body": IGNORE_EOS},
     {"prompt": " ".join(["and so on"] * 60), "temperature": 0.9, "seed": 6, "extra_body": IGNORE_EOS},
 )
-_HARM = ("killed", "stopped", "held up", "starved", "reloaded", "standby killed")
-_HARM_WEIGHTS = (5, 2, 2, 3, 1, 1)
-_SPARE_BYTES = 2**16  # that a starved engine may still take: soon it needs more
 Answer = dict[int, tuple[list[int], str, list[float], str | None]]  # by choice: tokens, text, log-probs, finish reason
 
 
@@ -71,14 +65,11 @@ class Report:
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
-    longest_pause_s: float = 0.0
-    recovery_s: float = 0.0  # mean
-    restarts: int = 0
-    rss_mib: list[float] = field(default_factory=list)  # of the server process: before, and at the end
-
-    def count(self, harm: str) -> None:
-        """Something was done to the server."""
-        self.harm[harm] = self.harm.get(harm, 0) + 1
+    pauses: dict[str, Summary] = field(default_factory=dict)  # of streams, by the harm that fell into them
+    longest_pauses: list[str] = field(default_factory=list)
+    restarts: Summary | None = None  # from a death until another engine takes requests
+    memory_mib: list[float] = field(default_factory=list)  # of the server process: before, in each part, at rest
+    memory_growth_mib: float = 0.0  # in the second half
 
     @property
     def good(self) -> bool:
@@ -86,79 +77,16 @@ class Report:
         return not (self.wrong or self.failed or self.left_behind)
 
 
-class Server:
-    """`llmserve serve` as a child process, its log in a file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "server.log"
-        self._folder = folder
-        flags = ("--port", "0", "--no-grpc", "--model-control-mode", "explicit", "--kv-cache-memory", "128MiB")
-        command = [sys.executable, "-m", "llmserve.cli", "serve", MODEL, *flags]
-        command += ["--stall-timeout-s", str(STALL_TIMEOUT_S)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stderr=log, env=os.environ | {"TMPDIR": str(folder)})
-        self.url = ""
-        self.info = psutil.Process(self.process.pid)
-
-    async def start(self) -> None:
-        """Waits until it serves."""
-        until_s = time.monotonic() + START_S
-        while not (match := re.search(r"(http://\S+)/v1 +serves", self.log.read_text())):
-            if self.process.poll() is not None or time.monotonic() > until_s:
-                raise RuntimeError(f"The server did not start:\n{self.log.read_text()}")
-            await asyncio.sleep(0.1)
-        self.url = match[1]
-
-    def engines(self) -> list[psutil.Process]:
-        """Its engine processes now."""
-        return [child for child in self.info.children() if _is_engine(child)]
-
-    def standbys(self) -> list[psutil.Process]:
-        """Its processes that wait to become engines."""
-        found = []
-        for child in self.info.children():
-            with contextlib.suppress(psutil.Error):
-                if "llmserve.engine.standby_process" in child.cmdline() and not _is_engine(child):
-                    found.append(child)
-        return found
-
-    def metric(self, name: str) -> float:
-        """The sum of a series without buckets."""
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(value) for value in re.findall(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
-
-    def is_ready(self) -> bool:
-        """What it says of itself."""
-        return httpx.get(f"{self.url}/ready").status_code == 200
-
-    def holdings(self) -> dict[str, int]:
-        """What could be left behind."""
-        return {
-            "descriptors": self.info.num_fds(),
-            "threads": self.info.num_threads(),
-            "processes": len(self.info.children(recursive=True)),
-            "folders": len(list(self._folder.glob("llmserve-*"))),
-            "shared memory": sum("memfd" in area.path for area in self.info.memory_maps()),
-        }
-
-
-def _is_engine(process: psutil.Process) -> bool:
-    try:
-        # a standby is none yet; it is called by the same name once it is
-        return process.name() == PROCESS_NAME or "llmserve.engine.process" in process.cmdline()
-    except psutil.Error:  # it has just ended
-        return False
-
-
 class Chaos:
     """One run."""
 
-    def __init__(self, server: Server, num_clients: int, max_tokens: int, pause_s: tuple[float, float]) -> None:
+    def __init__(self, server: Server, attacker: Attacker, num_clients: int, max_tokens: int) -> None:
         self.report = Report()
         self._server = server
+        self._attacker = attacker
         self._num_clients = num_clients
         self._max_tokens = max_tokens
-        self._pause_s = pause_s
+        self._pauses = Pauses()
         self._expected: dict[int, Answer] = {}
         self._client = openai.AsyncOpenAI(
             base_url=f"{server.url}/v1",
@@ -176,26 +104,37 @@ class Chaos:
         await self._crowd(min(seconds / 6, 20.0))  # warms every allocator up
         await self._until_idle()
         before = server.holdings()
-        report.rss_mib.append(server.info.memory_info().rss / 2**20)
-        report.longest_pause_s = 0.0
-        harm = asyncio.create_task(self._do_harm(time.monotonic() + seconds))
+        report.memory_mib.append(round(server.memory_mib(), 1))
+        self._pauses.clear()
+        harm = asyncio.create_task(self._attacker.run(seconds))
+        memory = asyncio.create_task(server.memory_over(seconds, NUM_PARTS))
         await self._crowd(seconds)
-        harm.cancel()
-        await asyncio.gather(harm, return_exceptions=True)
-        for engine in server.engines():
-            engine.send_signal(signal.SIGCONT)
+        await harm
+        await self._attacker.end()
         await self._until_idle()
-        report.rss_mib.append(server.info.memory_info().rss / 2**20)
+        self._judge_memory(await memory, seconds)
+        report.harm = dict(self._attacker.counts)
+        report.pauses = self._pauses.by_harm(self._attacker.done)
+        report.longest_pauses = self._pauses.longest(NUM_LONGEST, self._attacker.done)
+        before["threads"] += POOL_THREADS
         for what, count in server.holdings().items():
             if count > before[what]:
                 report.left_behind.append(f"{count - before[what]} {what}")
         if server.metric("llmserve:kv_cache_usage_perc"):
             report.left_behind.append("blocks")
-        report.restarts = int(server.metric("llmserve:engine_restarts_total"))
-        if report.restarts:
-            report.recovery_s = server.metric("llmserve:engine_recovery_seconds_sum") / report.restarts
+        if recoveries_s := server.recoveries_s():
+            report.restarts = Summary.of(recoveries_s)
         await self._client.close()
         return report
+
+    def _judge_memory(self, parts_mib: list[float], seconds: float) -> None:
+        """Level is what does not grow in the second half; the least of several parts, because of reloads."""
+        report, half, quarter = self.report, NUM_PARTS // 2, NUM_PARTS // 4
+        report.memory_mib += [*parts_mib, round(self._server.memory_mib(), 1)]
+        growth = min(parts_mib[-quarter:]) - min(parts_mib[half - quarter : half])
+        report.memory_growth_mib = round(growth, 1)
+        if seconds >= MIN_JUDGED_S and growth > MAX_GROWTH_MIB:
+            report.left_behind.append(f"{growth:.0f} MiB")
 
     async def _crowd(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds
@@ -222,14 +161,16 @@ class Chaos:
     async def _stream(self, number: int, vanish_after: int | None = None) -> Any:
         """The whole answer; None if this client was to vanish after so many events, and did."""
         parts: dict[int, tuple[list[int], list[str], list[float], list[str]]] = {}
-        num_events, last_s = 0, 0.0
+        last_s: dict[int, float] = {}
+        num_events = 0
         create = self._client.completions.create
         async with await create(model=MODEL, max_tokens=self._max_tokens, stream=True, **REQUESTS[number]) as stream:
             async for event in stream:
                 now = time.monotonic()
-                self.report.longest_pause_s = max(self.report.longest_pause_s, now - last_s if last_s else 0.0)
-                num_events, last_s = num_events + 1, now
+                num_events += 1
                 for choice in event.choices:
+                    self._pauses.note(last_s.get(choice.index, now), now)
+                    last_s[choice.index] = now
                     token_ids, texts, scores, reasons = parts.setdefault(choice.index, ([], [], [], []))
                     token_ids += choice.token_ids
                     texts.append(choice.text)
@@ -241,41 +182,6 @@ class Chaos:
             index: (token_ids, "".join(texts), scores, reasons[0] if len(reasons) == 1 else f"{reasons}")
             for index, (token_ids, texts, scores, reasons) in sorted(parts.items())
         }
-
-    async def _do_harm(self, until_s: float) -> None:
-        """Until then only: a version that is being replaced has a bounded time for its last streams."""
-        source = random.Random(RANDOM_SEED)
-        while time.monotonic() < until_s:
-            await asyncio.sleep(source.uniform(*self._pause_s))
-            what = source.choices(_HARM, _HARM_WEIGHTS)[0]
-            engines = self._server.engines()
-            if not engines:
-                continue
-            engine = source.choice(engines)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                await self._harm(what, engine, source)
-                self.report.count(what)
-
-    async def _harm(self, what: str, engine: psutil.Process, source: random.Random) -> None:
-        if what == "killed":
-            engine.kill()
-        elif what == "stopped":
-            engine.send_signal(signal.SIGSTOP)
-        elif what == "held up":
-            engine.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(source.uniform(0.1, 0.7) * STALL_TIMEOUT_S)
-            engine.send_signal(signal.SIGCONT)
-        elif what == "starved":
-            limit = engine.memory_info().vms + _SPARE_BYTES
-            engine.rlimit(psutil.RLIMIT_AS, (limit, limit))
-        elif what == "standby killed":
-            for standby in self._server.standbys():
-                standby.kill()
-        else:
-            async with httpx.AsyncClient(timeout=60) as client:
-                answer = await client.post(f"{self._server.url}/v2/repository/models/{MODEL}/load")
-            if answer.status_code != 200:  # its new engine was killed while it loaded: the old one must serve on
-                self.report.count("reloads that failed")
 
     async def _until_idle(self) -> None:
         """Until everything is answered and the versions that were replaced have ended."""
@@ -290,13 +196,16 @@ class Chaos:
         self.report.left_behind.append("requests, or engines, that never end")
 
 
-async def run(minutes: float, num_clients: int, max_tokens: int, pause_s: tuple[float, float]) -> Report:
+async def run(
+    minutes: float, num_clients: int, max_tokens: int, pause_s: tuple[float, float], kinds: list[str]
+) -> Report:
     """A server, a run, and the server's end, which must be clean too."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         try:
             await server.start()
-            report = await Chaos(server, num_clients, max_tokens, pause_s).run(60 * minutes)
+            attacker = Attacker(server, kinds, pause_s)
+            report = await Chaos(server, attacker, num_clients, max_tokens).run(60 * minutes)
             server.process.terminate()
             status = await asyncio.to_thread(server.process.wait, 30)
             if status or "Traceback" in server.log.read_text():
@@ -316,8 +225,11 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--pause-s", type=float, nargs=2, default=(2.0, 8.0), help="least and most between two harms")
-    arguments = parser.parse_args()
-    report = asyncio.run(run(arguments.minutes, arguments.clients, arguments.max_tokens, tuple(arguments.pause_s)))
+    parser.add_argument("--harm", nargs="+", choices=HARM, default=list(HARM), help="only these kinds")
+    options = parser.parse_args()
+    report = asyncio.run(
+        run(options.minutes, options.clients, options.max_tokens, tuple(options.pause_s), options.harm)
+    )
     print(json.dumps(asdict(report), indent=2))
     return 0 if report.good else 1
 

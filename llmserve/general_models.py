@@ -12,7 +12,7 @@ from llmserve import __version__
 from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
 from llmserve.api.v2_grpc import GrpcServer
-from llmserve.api.v2_llm import LanguageModel
+from llmserve.api.v2_llm import ServedLanguageModels
 from llmserve.backends.general import GeneralModel
 from llmserve.backends.instance import InstanceSettings
 from llmserve.backends.pooling_model import PoolingModel
@@ -49,7 +49,7 @@ class GeneralModels:
         self.plane = DataPlane(
             self._repository,
             version=__version__,
-            llms=_LanguageModels(llms, api),
+            llms=ServedLanguageModels(llms, api),
             language_models=language_models,
         )
         self._grpc: GrpcServer | None = None
@@ -94,24 +94,6 @@ class GeneralModels:
             return PoolingModel(name, version, version_path, model_path, config, settings)
         inline = not self._inline.isdisjoint((name, "*"))
         return GeneralModel(name, version, version_path, model_path, config, settings, inline)
-
-
-class _LanguageModels:
-    """The LLMs as v2 models, made once for each version."""
-
-    def __init__(self, llms: ServedModels, settings: ApiSettings) -> None:
-        self._llms = llms
-        self._settings = settings
-        self._models: dict[str, LanguageModel] = {}
-
-    def __call__(self) -> Sequence[LanguageModel]:
-        before, self._models = self._models, {}
-        for name in self._llms.names:
-            llm, model = self._llms.get(name), before.get(name)
-            if model is None or model.version != llm.version:
-                model = LanguageModel(name, llm, self._settings, llm.version)
-            self._models[name] = model
-        return list(self._models.values())
 
 
 def _repository_settings(config: RepositoryConfig, server: ServerConfig) -> RepositorySettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -35,12 +36,19 @@ class GrpcServer:
         plane: DataPlane,
         host: str,
         port: int,
+        settings: GrpcSettings | None = None,
         *,
         interceptors: Sequence[Any] = (),
         credentials: Any = None,
     ) -> None:
         """`interceptors` stand before all methods; `credentials` make it TLS."""
+        settings = settings or GrpcSettings()
         self._credentials = credentials
+        compressions = {
+            "none": grpc.Compression.NoCompression,
+            "deflate": grpc.Compression.Deflate,
+            "gzip": grpc.Compression.Gzip,
+        }
         self._host = host
         self.port = port  # the one bound, once started
         self._server = grpc.aio.server(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
@@ -29,6 +29,7 @@ from llmserve.errors import InvalidRequestError, LLMServeError
 from llmserve.general_metrics import ExecutionTimes, FailureReason, ModelStatistics
 from llmserve.inference import InferRequest, InferResponse, Tensor
 from llmserve.messages import FinishReason
+from llmserve.repository.served_models import ServedModels
 
 _NOT_SEQUENCES = ("id", "n", "echo", "logprobs", "prompt_logprobs", "stream_options")
 _NO_TIMES = ExecutionTimes(0, 0, 0)
@@ -140,6 +141,28 @@ class LanguageModel:
         if request.timeout_us:
             spec = dataclasses.replace(spec, deadline_s=begin_s + request.timeout_us * 1e-6)
         return stream, spec
+
+
+class ServedLanguageModels:
+    """The LLMs that are served now as v2 models, each made once for each version."""
+
+    def __init__(self, llms: ServedModels, settings: ApiSettings) -> None:
+        self._llms = llms
+        self._settings = settings
+        self._models: dict[str, LanguageModel] = {}
+        llms.watch(self._update)
+        self._update()
+
+    def __call__(self) -> Sequence[LanguageModel]:
+        return list(self._models.values())
+
+    def _update(self) -> None:
+        before, self._models = self._models, {}
+        for name in self._llms.names:
+            llm, model = self._llms.get(name), before.get(name)
+            if model is None or model.version != llm.version:
+                model = LanguageModel(name, llm, self._settings, llm.version)
+            self._models[name] = model
 
 
 def _config(name: str, backend: str) -> ModelConfig:

@@ -22,6 +22,11 @@ def died_of_its_step(status: int) -> bool:
     return (status > 0 and status != OUT_OF_MEMORY_STATUS) or status in _CRASHES
 
 
+def was_ended_from_outside(status: int | None) -> bool:
+    """Whether an exit status (None: there was no process) means that somebody ended the engine, or asked it to."""
+    return status is not None and status <= 0 and status not in _CRASHES
+
+
 class EngineLaunch(msgspec.Struct):
     """JSON on the engine's standard input. The addresses are ZMQ endpoints the server has bound."""
 

@@ -104,13 +104,18 @@ class EngineProcesses:
         logger.info("The standby (process %d) becomes an engine", standby.process.pid)
         return standby
 
-    def prepare(self) -> None:
-        """Starts a standby in the background, unless there is one. To be called when an engine has got ready: two
-        processes that import at the same time would hold each other up."""
+    def prepare(self, *, is_awaited: bool = False) -> None:
+        """Starts a standby in the background, unless there is one. To be called when an engine has got ready, or while
+        none is started: two processes that import at the same time would hold each other up.
+
+        `is_awaited`: there is no engine, and there will be one only when this has its imports; so it gives way to
+        nobody.
+        """
         if self._standby_command is None or self._standby is not None:
             return
         if self._keeping is None or self._keeping.done() or self._keeping.cancelling():
-            self._keeping = asyncio.create_task(self._keep(self._standby_command), name="keep a standby engine")
+            command = self._command if is_awaited else self._standby_command
+            self._keeping = asyncio.create_task(self._keep(command), name="keep a standby engine")
 
     async def close(self) -> None:
         """Ends the standby. Safe to call twice."""

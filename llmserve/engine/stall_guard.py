@@ -16,6 +16,7 @@ class StallGuard:
 
     def __init__(self, engine: EngineClient, timeout_s: float, metrics: ModelMetrics) -> None:
         self.was_stopped = False  # it was stopped by a signal when it was killed: its step is not to blame
+        self.was_hung = False  # it was killed, and had not been stopped
         self._engine = engine
         self._timeout_s = timeout_s
         self._metrics = metrics
@@ -58,6 +59,6 @@ class StallGuard:
             self._timer = asyncio.get_running_loop().call_later(watch.due_s - now, self._check)
             return
         self._metrics.engine_stalls += 1
-        self.was_stopped = is_stopped
+        self.was_stopped, self.was_hung = is_stopped, not is_stopped
         how = "stopped by a signal" if is_stopped else "hung"
         engine.kill(EngineDeadError(f"The engine (process {engine.pid}) was {how}: silent for {silent_s:.1f} s."))

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from llmserve.config import EngineConfig
+from llmserve.engine.backoff import Backoff
 from llmserve.engine.client import EngineClient, EngineState
 from llmserve.engine.in_flight import InFlightRequests
-from llmserve.engine.launch import died_of_its_step
+from llmserve.engine.launch import died_of_its_step, was_ended_from_outside
 from llmserve.engine.processes import EngineProcesses
 from llmserve.engine.stall_guard import StallGuard
 from llmserve.engine.supervision import EngineEvents, Nobody, Phase, SupervisionSettings
@@ -34,7 +35,6 @@ from llmserve.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
 
-_MAX_DOUBLINGS = 32  # of the pause between two starts: far beyond any limit, and still a float
 _MAX_EXPLAINED_FAILURES = 3  # starts that the engine itself says cannot work: then nobody is kept waiting any longer
 
 
@@ -67,7 +67,7 @@ class EngineSupervisor:
         self._problem = ""
         self._draining = False
         self._drained = asyncio.Event()
-        self._num_failures = 0  # engines in a row that have not made a step
+        self._backoff = Backoff(settings.min_backoff_s, settings.max_backoff_s)
         self._task: asyncio.Task[None] | None = None
 
     # What the rest of the server asks.
@@ -115,10 +115,10 @@ class EngineSupervisor:
                 break
             except EngineDeadError as error:
                 self._start_failed(error)
-                if self._num_failures >= _MAX_EXPLAINED_FAILURES:
+                if self._backoff.num_failures >= _MAX_EXPLAINED_FAILURES:
                     self.phase = Phase.FAILED
                     raise
-                await self._pause()
+                await self._backoff.wait()
             except LLMServeError as error:
                 self.phase, self._problem = Phase.FAILED, error.message
                 raise
@@ -216,14 +216,14 @@ class EngineSupervisor:
         step.stats.num_waiting += self._requests.num_held
         if self._guard is not None:
             self._guard.step(self._requests.has_sent)
-        self._num_failures = 0
+        self._backoff.worked()
         self._events.on_step(step)
         self._after_change()
 
     def _on_idle(self, stats: EngineStats) -> None:
         if self._guard is not None:
             self._guard.heartbeat(self._requests.has_sent)
-        self._num_failures = 0
+        self._backoff.worked()
         stats.num_waiting += self._requests.num_held
         self._events.on_idle(stats)
 
@@ -268,6 +268,7 @@ class EngineSupervisor:
         guard.end()
         self.phase, self._problem = Phase.RESTARTING, error.message
         await engine.shutdown(drain=False, timeout_s=0.0)
+        self._judge_end(engine, guard)
         for_certain = died_of_its_step(engine.exit_status or 0)
         executing = [] if guard.was_stopped else engine.executing
         logger.error(
@@ -284,11 +285,12 @@ class EngineSupervisor:
         self._events.on_idle(EngineStats(0, len(self._requests), 0, 0))
 
     async def _replace(self) -> None:
-        """Until an engine takes requests: at once, then after pauses that double."""
+        """Until an engine takes requests: at once if the last one worked, else after a pause."""
         num_explained = 0
         while True:
-            if self._num_failures:
-                await self._pause()
+            if self._backoff.pause_s:
+                self._processes.prepare(is_awaited=True)
+                await self._backoff.wait()
             try:
                 await self._start_engine()
                 return
@@ -307,7 +309,7 @@ class EngineSupervisor:
         self._engine = engine = EngineClient(
             self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._processes
         )
-        self._num_failures += 1  # until its first step, or heartbeat
+        self._backoff.started()
         self._guard = guard = StallGuard(engine, self._settings.stall_timeout_s, self._metrics)
         try:
             ready = await engine.start(on_plan, on_progress)
@@ -316,7 +318,14 @@ class EngineSupervisor:
         except LLMServeError:
             guard.end()
             await engine.shutdown(drain=False, timeout_s=0.0)
+            self._judge_end(engine, guard)
             raise
+
+    def _judge_end(self, engine: EngineClient, guard: StallGuard) -> None:
+        """What it says about the next start. A kernel that is short of memory kills as a person does: so it counts for
+        nothing only of a model that has run before, and only for as long as somebody may be waiting."""
+        from_outside = guard.was_stopped or (not guard.was_hung and was_ended_from_outside(engine.exit_status))
+        self._backoff.ended(by_accident=from_outside and self.phase is Phase.RESTARTING)
 
     def _engine_is_up(self) -> None:
         self.phase, self._problem = Phase.READY, ""
@@ -326,14 +335,6 @@ class EngineSupervisor:
     def _start_failed(self, error: LLMServeError) -> None:
         self._problem = error.message
         logger.error("%s: the engine could not be started: %s", self._name, error.message)
-
-    async def _pause(self) -> None:
-        settings = self._settings
-        doublings = min(self._num_failures - 1, _MAX_DOUBLINGS)
-        pause_s = min(settings.min_backoff_s * 2.0**doublings, settings.max_backoff_s)
-        over = asyncio.Event()
-        asyncio.get_running_loop().call_later(pause_s, over.set)
-        await over.wait()
 
     def _give_up(self) -> None:
         """Nobody is kept waiting any longer; the engine is still tried."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ class ServedModels:
     def __init__(self) -> None:
         self.llms: list[LLM] = []
         self._by_name: dict[str, LLM] = {}
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Whoever keeps something for each LLM hears here when to let go of it: no LLM that is not served any more
+        may be held on to, with its tokenizer and every version that came after it."""
+        self._watchers.append(on_change)
 
     def add(self, llm: LLM, names: Sequence[str]) -> None:
         """Raises ConfigError if a name is taken."""
@@ -34,6 +40,7 @@ class ServedModels:
                 raise ConfigError(f"Two models are named {name!r}. Give each its own with --served-model-name.")
             self._by_name[name] = llm
         self.llms.append(llm)
+        self._changed()
 
     def find(self, name: str) -> LLM | None:
         """None if it is not served now."""
@@ -43,11 +50,13 @@ class ServedModels:
         """From here on requests find `new`, in the same place and under the same names."""
         self.llms[self.llms.index(old)] = new
         self._by_name = {name: new if llm is old else llm for name, llm in self._by_name.items()}
+        self._changed()
 
     def remove(self, llm: LLM) -> None:
         """No request finds it any more."""
         self.llms.remove(llm)
         self._by_name = {name: other for name, other in self._by_name.items() if other is not llm}
+        self._changed()
 
     @property
     def names(self) -> list[str]:
@@ -63,6 +72,10 @@ class ServedModels:
         if name not in self._by_name:
             raise ModelNotFoundError(name, self.names)
         return self._by_name[name]
+
+    def _changed(self) -> None:
+        for on_change in self._watchers:
+            on_change()
 
 
 def open_llm(

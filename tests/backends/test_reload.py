@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from llmserve.api.settings import ApiSettings
+from llmserve.api.v2_llm import ServedLanguageModels
 from llmserve.backends.generation import GenerationSpec
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServerConfig
@@ -150,6 +152,24 @@ def test_the_memory_of_a_version_is_given_back_once_it_is_gone(
         monkeypatch.setattr(language_models, "give_back", lambda: was_gone.set_result(tokenizer() is None))
         await models.load("m")
         assert await asyncio.wait_for(was_gone, 20)
+
+    reload([smollm2_path] * 2, monkeypatch, use)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_version_that_was_seen_over_v2_is_freed_though_nobody_looks_again(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(served: ServedModels, models: LanguageModels) -> None:
+        over_v2 = ServedLanguageModels(served, ApiSettings())
+        assert [model.version for model in over_v2()] == [1]
+        freed = asyncio.Event()
+        weakref.finalize(served.get("m"), freed.set)
+        await models.load("m")
+        await asyncio.wait_for(freed.wait(), 20)
+        assert [model.version for model in over_v2()] == [2]
+        await models.unload("m")
+        assert over_v2() == []
 
     reload([smollm2_path] * 2, monkeypatch, use)
 

@@ -44,7 +44,7 @@ class Script(msgspec.Struct):
     max_num_seqs: int = 64
     overlapped: bool = False  # a step ahead of its tokens
     fail_load_if: str = ""  # while this file is there: not a model that can be loaded
-    die_in_load_if: str = ""  # while this file is there; it is taken away
+    die_in_load_if: str = ""  # while this file is there; its last byte is taken away, and with it the file
 
 
 def next_token(seed: int, token_ids: Sequence[int]) -> int:
@@ -150,7 +150,9 @@ def build(launch: EngineLaunch, send: Send, recorder: FlightRecorder) -> tuple[E
     if script.fail_load_if and os.path.exists(script.fail_load_if):
         raise ModelLoadError("the weights are damaged")
     if script.die_in_load_if and os.path.exists(script.die_in_load_if):
-        os.unlink(script.die_in_load_if)
+        os.truncate(script.die_in_load_if, max(0, os.path.getsize(script.die_in_load_if) - 1))
+        if not os.path.getsize(script.die_in_load_if):
+            os.unlink(script.die_in_load_if)
         os.kill(os.getpid(), signal.SIGKILL)
     num_blocks, block_size = 4000, 16
     budget = FixedBudget(1024)

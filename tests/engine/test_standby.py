@@ -112,6 +112,15 @@ def test_it_becomes_the_next_engine_and_is_renewed_only_when_asked() -> None:
     run(use)
 
 
+def test_one_that_streams_wait_for_gives_way_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    async def use(processes: EngineProcesses) -> None:
+        processes.prepare(is_awaited=True)
+        await standby_of(processes)
+        assert "There is no standby engine" not in caplog.text  # its own command was not asked for
+
+    run(use, ("/nowhere/python",))
+
+
 def test_one_that_dies_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
     async def use(processes: EngineProcesses) -> None:
         processes.prepare()

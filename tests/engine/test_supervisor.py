@@ -410,6 +410,39 @@ def test_an_engine_that_dies_while_it_loads_is_started_again(tmp_path: Path) -> 
     run(use, Script(die_in_load_if=str(mark)))
 
 
+def test_streams_do_not_wait_ever_longer_for_an_engine_that_somebody_kills(tmp_path: Path) -> None:
+    mark = tmp_path / "die"
+
+    async def use(house: House) -> None:
+        house.ask("a", 60)
+        await house.clients.until(lambda: house.clients.num_tokens() > 3)
+        mark.write_bytes(bytes(8))  # with pauses that double, that would take longer than anybody waits here
+        house.send(signal.SIGKILL)
+        await house.clients.until(lambda: house.clients.finished)
+        assert not mark.exists()
+        house.check("a", 60)
+
+    settings = SupervisionSettings(stall_timeout_s=1.0, restart_timeout_s=100.0, min_backoff_s=0.15)
+    run(use, Script(die_in_load_if=str(mark)), settings)
+
+
+def test_once_nobody_waits_any_longer_it_is_tried_more_rarely_whoever_kills_it(tmp_path: Path) -> None:
+    mark = tmp_path / "die"
+
+    async def use(house: House) -> None:
+        house.ask("a", 400)
+        await house.clients.until(lambda: house.clients.num_tokens() > 3)
+        mark.write_bytes(bytes(1000))
+        house.send(signal.SIGKILL)
+        await house.clients.until(lambda: house.clients.failed)
+        async with asyncio.timeout(30):
+            while house.supervisor._backoff.num_failures < 2:  # noqa: ASYNC110  # nothing says so
+                await asyncio.sleep(0.02)
+
+    settings = SupervisionSettings(stall_timeout_s=1.0, restart_timeout_s=0.01, min_backoff_s=0.05)
+    run(use, Script(die_in_load_if=str(mark)), settings)
+
+
 def test_a_model_that_cannot_be_loaded_any_more_is_said_and_retried(tmp_path: Path) -> None:
     damage = tmp_path / "damaged"
 
@@ -431,14 +464,6 @@ def test_a_model_that_cannot_be_loaded_any_more_is_said_and_retried(tmp_path: Pa
         house.check("b", 5)
 
     run(use, Script(fail_load_if=str(damage)))
-
-
-def test_it_is_still_tried_after_a_night_of_failures() -> None:
-    async def use(house: House) -> None:
-        house.supervisor._num_failures = 2000
-        await house.supervisor._pause()
-
-    run(use, settings=SupervisionSettings(min_backoff_s=0.01, max_backoff_s=0.02))
 
 
 def test_what_never_loads_is_raised_at_the_start(tmp_path: Path) -> None:
