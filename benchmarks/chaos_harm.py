@@ -71,7 +71,10 @@ class Attacker:
             watching.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
         for engine in self._server.engines():
-            engine.send_signal(signal.SIGCONT)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.send_signal(signal.SIGCONT)
+                hard_limit = engine.rlimit(psutil.RLIMIT_AS)[1]
+                engine.rlimit(psutil.RLIMIT_AS, (hard_limit, hard_limit))
 
     async def _attack(self, kind: str, engine: psutil.Process, source: random.Random) -> None:
         begin_s = time.monotonic()
@@ -87,7 +90,7 @@ class Attacker:
             engine.send_signal(signal.SIGCONT)
         elif kind == "starved":
             limit = engine.memory_info().vms + _SPARE_BYTES
-            engine.rlimit(psutil.RLIMIT_AS, (limit, limit))
+            engine.rlimit(psutil.RLIMIT_AS, (limit, engine.rlimit(psutil.RLIMIT_AS)[1]))
             self._watch(Harm(kind, engine.pid, float("inf"), float("inf")))  # none until memory is needed
             return
         elif kind == "standby killed":
