@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmserve.errors import ModelLoadError
+from llmserve.errors import ConfigError, ModelLoadError
 from llmserve.models.checkpoint_quantization import CheckpointQuantization
 
 RopeKind = Literal["none", "linear", "llama3", "yarn", "factors"]
@@ -106,6 +106,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         assert len(self.sliding_windows) == self.num_layers
+
+    def context_length(self, asked: int | None) -> int:
+        """The longest context in tokens; by default all the model has positions for. Raises ConfigError for more."""
+        longest = self.max_position_embeddings
+        if asked is not None and asked > longest:
+            raise ConfigError(f"max_model_len {asked} is beyond the {longest} positions of the model.")
+        return asked or longest
 
     def moe_of_layer(self, layer: int) -> MoEConfig | None:
         """The mixture that layer has in place of an MLP, if it has one."""

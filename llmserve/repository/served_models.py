@@ -14,6 +14,7 @@ from llmserve.config import ModelConfigEntry, ServerConfig
 from llmserve.engine.processes import EngineProcesses
 from llmserve.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from llmserve.metrics import Metrics
+from llmserve.models.config import read_model_config
 from llmserve.repository.sources import ModelSource
 from llmserve.tokenizer import Tokenizer
 
@@ -86,7 +87,9 @@ def open_llm(
     processes: EngineProcesses,
     version: int = 1,
 ) -> LLM:
-    """Reads what the server process must know of a model: tokenizer and sampling defaults. Loads no weights."""
+    """Reads what the server process must know of a model: tokenizer and sampling defaults. Loads no weights. Raises
+    ModelLoadError, and ConfigError, for what its engine would refuse too: but later, behind the loading of others."""
+    read_model_config(source.path).context_length(entry.engine.max_model_len)
     return LLM(
         name=entry.served_names[0] if entry.served_names else source.name,
         root=source.root,

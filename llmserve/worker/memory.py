@@ -102,11 +102,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Resolves every limit that was left open, by what the model may take in all (`free_bytes`). What is `measured`
     takes the place of what is worked out. Raises InsufficientMemoryError if the model cannot run."""
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {max_model_len} is beyond the {model.max_position_embeddings} positions of the model."
-        )
+    max_model_len = model.context_length(config.max_model_len)
     max_num_seqs = config.max_num_seqs or _DEFAULT_SEQS[device.type]
     budget = config.max_num_batched_tokens or max(_DEFAULT_BUDGET[device.type], max_num_seqs)
     num_sampled = max_num_seqs + (0 if config.speculation == "off" else MAX_STEP_DRAFTS)

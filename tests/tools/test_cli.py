@@ -48,6 +48,25 @@ def test_what_needs_no_model_to_be_refused_is_refused_before_one_is_fetched(
     assert told in capsys.readouterr().err
 
 
+def test_every_model_is_looked_at_before_the_first_is_loaded(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start_process(*_: object) -> None:
+        raise AssertionError("an engine is started")
+
+    monkeypatch.setattr("llmserve.engine.processes.start_process", start_process)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
+    for second, told in ((f"'{smollm2_path}'\nmax_model_len = 9000", "9000 is beyond"), (f"'{other}'", "NoSuch")):
+        config = tmp_path / "server.toml"
+        config.write_text(
+            f"[[models]]\nmodel = '{smollm2_path}'\nserved_model_name = 'a'\n[[models]]\nmodel = {second}"
+        )
+        assert main(["serve", "--config", str(config), "--port", "0", "--embedding-model", "none"]) == 1
+        assert told in capsys.readouterr().err
+
+
 def test_an_unknown_variable_is_said_at_the_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
