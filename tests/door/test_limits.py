@@ -181,9 +181,10 @@ def test_a_client_that_does_not_read_is_not_buffered_for(serve_guarded: ServeGua
             b"content-length: %d\r\n\r\n" % len(body) + body
         )
         assert served.script.aborted.get(timeout=20) == served.script.request_ids[0]
+    with served.client() as client:  # by the time it is answered, the counter has moved
+        assert client.get("/health").status_code == 200
     assert served.metrics.model("scripted").client_disconnects == 1
     assert served.metrics.http.refused == {"slow_reader": 1}
-    assert served.metrics.http.num_connections == 0
 
 
 def test_a_large_body_is_checked_beside_the_streams(serve_guarded: ServeGuarded) -> None:
