@@ -14,7 +14,7 @@ from llmserve.backends.generation import GenerationSpec, SamplingDefaults
 from llmserve.backends.sequence import LLMGeneration, SequenceState
 from llmserve.config import EngineConfig, ServerConfig
 from llmserve.engine.processes import EngineProcesses
-from llmserve.engine.supervision import SupervisionSettings
+from llmserve.engine.supervision import Phase, SupervisionSettings
 from llmserve.engine.supervisor import EngineSupervisor
 from llmserve.errors import LLMServeError, NotReadyError
 from llmserve.messages import EngineReady, EngineRequest, EngineStats, LoadProgress, MemoryPlan, StepOutputs
@@ -85,6 +85,16 @@ class LLM:
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests; returns when those in flight have finished, or when the time is over."""
         await self.engine.drain(timeout_s)
+
+    async def retire(self, timeout_s: float) -> None:
+        """Takes no more requests; returns when those in flight have finished, or when one engine has had that time for
+        them. One that is being replaced has had none: nobody loses an answer because an engine died at the wrong time.
+        """
+        num_engines = self.engine.num_engines
+        while not await self.engine.drain(timeout_s):
+            if self.engine.num_engines == num_engines and self.engine.phase is not Phase.RESTARTING:
+                break
+            num_engines = self.engine.num_engines
 
     async def shutdown(self, timeout_s: float) -> None:
         """Ends the engine; requests still in flight fail."""

@@ -52,6 +52,7 @@ class EngineSupervisor:
         log_level: str = "info",
     ) -> None:
         self.phase = Phase.LOADING
+        self.num_engines = 0  # that have been started
         self._name = name
         self._config = config
         self._events = events
@@ -135,17 +136,18 @@ class EngineSupervisor:
         self._task.add_done_callback(self._on_task_done)
         return ready
 
-    async def drain(self, timeout_s: float) -> None:
+    async def drain(self, timeout_s: float) -> bool:
         """Takes no more requests; returns when those in flight have finished, in another engine if need be, or when
-        the time is over."""
+        the time is over: False."""
         self._draining = True
         if not self._requests:
-            return
+            return True
         self._drained.clear()
         try:
             await asyncio.wait_for(self._drained.wait(), timeout_s)
         except TimeoutError:
-            logger.warning("%s: %d requests are cut off after %.0f s", self._name, len(self._requests), timeout_s)
+            return False
+        return True
 
     async def shutdown(self, timeout_s: float) -> None:
         """Ends the engine, which gets `timeout_s` seconds for it; what is still in flight fails. Safe to call twice."""
@@ -158,6 +160,8 @@ class EngineSupervisor:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._engine is not None:
             await self._engine.shutdown(drain=False, timeout_s=timeout_s)
+        if self._requests:
+            logger.warning("%s: %d requests are cut off", self._name, len(self._requests))
         self._fail(self._requests.ids(), EngineDeadError(f"The model {self._name!r} has been stopped."))
         # they refer to us: who is done with a model need not wait for the garbage collector to be rid of it
         self._engine = self._guard = self._task = self._death = None
@@ -309,6 +313,7 @@ class EngineSupervisor:
         self._engine = engine = EngineClient(
             self._config, self._on_step, self._on_idle, self._on_dead, self._log_level, self._processes
         )
+        self.num_engines += 1
         self._backoff.started()
         self._guard = guard = StallGuard(engine, self._settings.stall_timeout_s, self._metrics)
         try:

@@ -116,6 +116,6 @@ class LanguageModels:
         try:
             await asyncio.wait_for(self._ending.wait(), _LATE_S)
         except TimeoutError:
-            await llm.drain(self._drain_s)
+            await llm.retire(self._drain_s)
             await llm.shutdown(_ENGINE_GRACE_S)
             logger.info("Model %s: version %d has ended", llm.name, llm.version)

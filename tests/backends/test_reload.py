@@ -34,13 +34,13 @@ from llmserve.repository.served_models import ServedModels, open_llm
 from llmserve.repository.sources import ModelSource
 from tests.engine.scripted_engine import Script
 
-COMMAND = (sys.executable, "-m", "tests.engine.scripted_engine", msgspec.json.encode(Script()).decode())
 
-
-def make_llm(path: Path, version: int = 1) -> LLM:
+def make_llm(path: Path, version: int = 1, script: Script | None = None) -> LLM:
     entry = ModelConfigEntry(model="m")
     source = ModelSource(kind="folder", name="m", root="m", path=path)
-    return open_llm(source, entry, ServerConfig(log_level="error"), Metrics(), EngineProcesses(COMMAND), version)
+    script_json = msgspec.json.encode(script or Script()).decode()
+    processes = EngineProcesses((sys.executable, "-m", "tests.engine.scripted_engine", script_json))
+    return open_llm(source, entry, ServerConfig(log_level="error"), Metrics(), processes, version)
 
 
 async def ask(llm: LLM, name: str, max_tokens: int = 20, leave_after: int = 1000) -> int:
@@ -96,6 +96,27 @@ def test_a_version_is_freed_without_the_garbage_collector(smollm2_path: Path) ->
         del llm
         await asyncio.sleep(0)
         assert [part() for part in gone] == [None, None, None]
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_version_that_retires_does_not_cut_off_whom_its_engine_has_kept_waiting(
+    smollm2_path: Path, tmp_path: Path
+) -> None:
+    mark = tmp_path / "die"
+
+    async def scenario() -> None:
+        llm = make_llm(smollm2_path, script=Script(die_in_load_if=str(mark)))
+        await llm.start()
+        long = asyncio.create_task(ask(llm, "long", 150))
+        await ask(llm, "meanwhile", 5)
+        assert llm.engine.pid is not None
+        mark.write_bytes(bytes(4))  # half a second of pause after each: longer than the time to retire
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        assert not long.done()
+        await llm.retire(1.5)
+        await llm.shutdown(5)
+        assert await long == 300
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
