@@ -26,6 +26,7 @@ from llmserve.api.app import create_app
 from llmserve.api.entrance import Entrance
 from llmserve.api.http_server import raise_file_limit
 from llmserve.api.settings import ApiSettings
+from llmserve.api.tls_server import HttpServer
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
 from llmserve.engine.processes import STANDBY_COMMAND, EngineProcesses
@@ -217,7 +218,7 @@ def _by_name(pooling: list[tuple[ModelConfigEntry, ModelSource]]) -> dict[str, P
     return folders
 
 
-class _HttpServer(uvicorn.Server):
+class _HttpServer(HttpServer):
     """The first signal is passed on, so that requests are still answered while the server drains; any second one ends
     it at once. (uvicorn would take no connection from the first on, and only SIGINT for a second.)"""
 

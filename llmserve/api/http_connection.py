@@ -38,7 +38,7 @@ class LimitedConnections:
     """Makes the connections of one server: what uvicorn takes for a protocol class."""
 
     def __init__(self, limits: ConnectionLimits, metrics: HttpMetrics, direct: DirectHandler | None = None) -> None:
-        self._limits = limits
+        self.limits = limits
         self._metrics = metrics
         self._direct = direct
 
@@ -49,7 +49,7 @@ class LimitedConnections:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> LimitedConnection:
-        return LimitedConnection(config, server_state, app_state, _loop, self._limits, self._metrics, self._direct)
+        return LimitedConnection(config, server_state, app_state, _loop, self.limits, self._metrics, self._direct)
 
 
 class LimitedConnection(HttpProtocol):

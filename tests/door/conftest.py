@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 import uvloop
 
 from llmserve.api.app import create_app
 from llmserve.api.entrance import Entrance
 from llmserve.api.settings import ApiSettings
+from llmserve.api.tls_server import HttpServer
 from llmserve.api_keys import new_key
 from llmserve.config import DoorConfig
 from llmserve.metrics import Metrics
@@ -57,7 +57,7 @@ def run_guarded(door: DoorConfig, settings: ApiSettings, plane: Any = None) -> I
     model, metrics = ScriptedModel("scripted", Script()), Metrics()
     entrance = Entrance(door, metrics)
     app = create_app(Directory([model]), settings, metrics, plane, entrance=entrance)
-    server = uvicorn.Server(entrance.http_config(app, 5.0))
+    server = HttpServer(entrance.http_config(app, 5.0))
     loops: list[asyncio.AbstractEventLoop] = []
     started = threading.Event()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 import ssl
+import time
 from pathlib import Path
 
 import grpc
@@ -66,6 +69,38 @@ def test_http_serves_the_new_certificate_to_new_connections(
     certificates.certificate.write_text("no certificate")
     with httpx.Client(verify=certificates.trust(1), base_url=served.url) as again:
         assert again.get("/health").status_code == 200  # the last good one
+
+
+def test_who_shakes_no_hands_is_counted_meanwhile_and_let_go(
+    serve_guarded: ServeGuarded, certificates: Certificates
+) -> None:
+    files = {"tls_certificate": str(certificates.certificate), "tls_key": str(certificates.key)}
+    patient = serve_guarded(DoorConfig(max_connections=8, header_timeout_s=30.0, **files))  # type: ignore[arg-type]
+    hasty = serve_guarded(DoorConfig(max_connections=8, header_timeout_s=0.5, **files))  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+
+        def connect(port: int) -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+
+        silent = [connect(patient.port) for _ in range(20)]
+        assert [connection.recv(1) for connection in silent[8:]] == [b""] * 12  # not even asked for a name
+        with httpx.Client(verify=certificates.trust(0), base_url=patient.url) as client:
+            with pytest.raises(httpx.HTTPError):
+                client.get("/health")
+            for connection in silent[:8]:
+                connection.close()
+            until_s = time.monotonic() + 10
+            while time.monotonic() < until_s:
+                with contextlib.suppress(httpx.HTTPError):
+                    assert client.get("/health").status_code == 200
+                    break
+            else:
+                pytest.fail("the connections that were closed are still counted")
+        for connection in [connect(hasty.port) for _ in range(8)]:
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        with httpx.Client(verify=certificates.trust(0), base_url=hasty.url) as client:
+            assert client.get("/health").status_code == 200
 
 
 async def live(port: int, authority: trustme.CA) -> bool:
