@@ -62,7 +62,7 @@ def num_cores() -> int:
 def server_threads() -> int:
     """What a server process starts in its life: numpy's and the tokenizers' pools, ZMQ's two, gRPC's, the executor."""
     cores = num_cores()
-    return 2 * cores + 2 + min(max(cores, 4), 16) + 2 + min(32, cores + 4)
+    return _numpy_threads() + _pool_threads("RAYON_NUM_THREADS") + 2 + min(max(cores, 4), 16) + 2 + min(32, cores + 4)
 
 
 def engine_threads(num_threads: int | None, *, is_standby: bool = False) -> int:
@@ -71,9 +71,22 @@ def engine_threads(num_threads: int | None, *, is_standby: bool = False) -> int:
 
     `num_threads`: those it computes on; None: one a core.
     """
-    return (0 if is_standby else num_cores()) + 2 * (num_threads or num_cores()) + 2
+    return (0 if is_standby else _numpy_threads()) + 2 * (num_threads or num_cores()) + 2
 
 
 def standby_threads() -> int:
     """What a standby starts, itself included: it only imports."""
-    return num_cores() + 1
+    return _numpy_threads() + 1
+
+
+def _numpy_threads() -> int:
+    return _pool_threads("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def _pool_threads(*variables: str) -> int:
+    """Of a library's pool: one a core, unless one of these variables says otherwise."""
+    for variable in variables:
+        value = os.environ.get(variable, "")
+        if value.isdecimal() and int(value):
+            return int(value)
+    return num_cores()

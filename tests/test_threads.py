@@ -64,3 +64,15 @@ def test_a_server_without_enough_does_not_start(
     Granted(5, monkeypatch)
     assert cli.main(["serve", "--port", "0"]) == 1
     assert "the system gives only 5 more" in capsys.readouterr().err
+
+
+def test_pools_that_are_made_smaller_are_counted_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(threads, "num_cores", lambda: 64)
+    server, engine = threads.server_threads(), threads.engine_threads(8)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setenv("RAYON_NUM_THREADS", "4")
+    assert threads.server_threads() == server - 63 - 60
+    assert threads.engine_threads(8) == engine - 63
+    assert threads.engine_threads(8, is_standby=True) == 18
