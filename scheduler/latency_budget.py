@@ -22,6 +22,7 @@ _MAX_JUMP = 3.0  # one slow step (another process had the core) counts for at mo
 _PROBE_STEPS = 64  # mixed steps in a row after which one measures decodes alone
 _SLOW = 0.03  # share of steps that are called slow: it is the p99 between tokens that must hold
 _TAIL_GAIN = 0.05  # of a step's mean: how fast the bound of slow steps is followed
+_LEAST_TAIL = 1.25  # of a machine without noise: a step of two decodes where one was the rule is not called slow
 _LEAST_AIM = 0.25  # a machine that stutters for reasons of its own does not starve prompts
 _MIN_CHUNK = 4  # prompt tokens a step always has room for, or a prompt would never be computed
 _TELLING_CHUNK = 32  # prompt tokens below which a step without decodes says more of its fixed cost than of a token's
@@ -51,6 +52,7 @@ class LatencyBudget:
         return min(max(room, num_running), self.max_num_batched_tokens)
 
     def observe(self, num_tokens: int, num_prompt_tokens: int, num_decoding: int, duration_s: float) -> None:
+        was_bounded = self._num_decoding > 0  # a step with nobody to wait for it may be as long as it likes
         self._num_decoding = num_decoding
         if not num_tokens or duration_s <= 0:
             return
@@ -58,7 +60,11 @@ class LatencyBudget:
         if num_decode_tokens and num_prompt_tokens <= 1:  # one: of a prompt that is left out for once
             self._observe_decodes(duration_s)
         elif num_decode_tokens and self._decode_s:
-            self._observe_mixed(num_prompt_tokens, duration_s)
+            self._observe_prompts(num_prompt_tokens, duration_s)
+            if was_bounded:
+                self._num_mixed += 1
+                too_slow = duration_s > self._slowdown * self._tail * self._decode_s
+                self._aim = min(max(self._aim * (1 - 0.1 * (too_slow - _SLOW)), _LEAST_AIM), 1.0)
         elif num_prompt_tokens >= _TELLING_CHUNK:
             self._token_s = _follow(self._token_s, duration_s / num_prompt_tokens, _GAIN)
 
@@ -66,17 +72,14 @@ class LatencyBudget:
         self._decode_s = _follow(self._decode_s, duration_s, _GAIN)
         slow = duration_s > self._tail * self._decode_s
         # stochastic approximation of a quantile (Robbins and Monro, 1951)
-        self._tail = max(self._tail + _TAIL_GAIN * (slow - _SLOW), 1.0)
+        self._tail = max(self._tail + _TAIL_GAIN * (slow - _SLOW), _LEAST_TAIL)
         self._num_mixed = 0
 
-    def _observe_mixed(self, num_prompt_tokens: int, duration_s: float) -> None:
-        self._num_mixed += 1
+    def _observe_prompts(self, num_prompt_tokens: int, duration_s: float) -> None:
         least_s = 0.05 * duration_s / num_prompt_tokens  # for a step that came out faster than decodes alone
         token_s = max((duration_s - self._decode_s) / num_prompt_tokens, least_s)
         weight = num_prompt_tokens**2 / (num_prompt_tokens**2 + _NOISY_CHUNK**2)
         self._token_s = _follow(self._token_s, token_s, _GAIN * weight)
-        too_slow = duration_s > self._slowdown * self._tail * self._decode_s
-        self._aim = min(max(self._aim * (1 - 0.1 * (too_slow - _SLOW)), _LEAST_AIM), 1.0)
 
     def _chunk(self) -> int:
         """Prompt tokens that fit beside the decodes; a fixed share of the budget until both times are known."""
