@@ -194,6 +194,9 @@ class DoorConfig:
     max_connections: int = setting(8192, "Most HTTP connections; never more than the open files allowed.")
     header_timeout_s: float = setting(10.0, "A request's headers must have come within this time.")
     body_timeout_s: float = setting(120.0, "A request's body must have come within this time.")
+    max_body_memory: int = setting(
+        2 * 2**30, "Memory for the bodies of all HTTP requests in flight; a large one beyond is told 429.", kind="bytes"
+    )
     send_timeout_s: float = setting(30.0, "A client that reads nothing for this long is let go.")
     resume_window_s: float = setting(
         0.0, "Events carry ids, and a stream with an Idempotency-Key waits this long for a lost client; 0: off."
@@ -203,7 +206,7 @@ class DoorConfig:
     otel: bool = setting(False, "Send OpenTelemetry traces, where OTEL_EXPORTER_OTLP_ENDPOINT says.")
 
     def __post_init__(self) -> None:
-        for name in ("max_connections", "header_timeout_s", "body_timeout_s", "send_timeout_s"):
+        for name in ("max_connections", "header_timeout_s", "body_timeout_s", "max_body_memory", "send_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
         for name in ("request_timeout_s", "resume_window_s", "slow_request_s"):

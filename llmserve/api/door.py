@@ -15,6 +15,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmserve.api.body_memory import BodyMemory
 from llmserve.api.deadline import Deadline
 from llmserve.api.errors import error_body, error_response
 from llmserve.api.gatekeeper import Gatekeeper, bearer_key, is_from_proxy, is_loopback
@@ -39,6 +40,7 @@ class Door:
         app: ASGIApp,
         *,
         gatekeeper: Gatekeeper,
+        body_memory: BodyMemory,
         request_timeout_s: float = 0.0,
         on_begin: Callable[[RequestContext, str], None] | None = None,
         on_end: Callable[[RequestContext], None] | None = None,
@@ -48,6 +50,7 @@ class Door:
         self._app = app
         self._has_route = has_route
         self._gatekeeper = gatekeeper
+        self._body_memory = body_memory
         self._request_timeout_s = request_timeout_s
         self._on_begin = on_begin
         self._on_end = on_end
@@ -64,12 +67,14 @@ class Door:
         context = self.begin(scope["path"], headers)
         token = CURRENT_REQUEST.set(context)
         answer = _Answer(scope, send, context, keeps_id=b"x-request-id" in headers)
+        body = self._body_memory.body_of(receive)
         try:
             self.admit(context, headers, self._needed(scope), lambda: _is_local(scope, headers))
-            await self._run(scope, receive, answer, headers)
+            await self._run(scope, body.receive, answer, headers)
         except LLMServeError as error:
             await answer.refuse(error)
         finally:
+            body.close()
             CURRENT_REQUEST.reset(token)
             self.end(context)
 

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Scope
 
+from llmserve.api.body_memory import BodyMemory
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
 from llmserve.api.http_protocol import DirectHandler
@@ -66,6 +67,7 @@ class Entrance:
         door = Door(
             app,
             gatekeeper=self._gatekeeper,
+            body_memory=BodyMemory(self._config.max_body_memory),
             request_timeout_s=self._config.request_timeout_s,
             on_begin=self._begin,
             on_end=self._end,

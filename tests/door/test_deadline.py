@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llmserve.api.body_memory import BodyMemory
 from llmserve.api.deadline import Deadline
 from llmserve.api.disconnect import run_until_disconnect
 from llmserve.api.door import Door
@@ -75,7 +76,7 @@ def test_a_stream_that_was_complete_when_its_time_was_over_gets_no_event_behind_
     async def nothing() -> Any:
         return await asyncio.get_running_loop().create_future()
 
-    door = Door(stream, gatekeeper=Gatekeeper(None))
+    door = Door(stream, gatekeeper=Gatekeeper(None), body_memory=BodyMemory(1 << 20))
     scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.05")], "client": None}
     asyncio.run(door(scope, nothing, collect))
     assert [message.get("body") for message in sent] == [None, b"data: [DONE]\n\n"]
@@ -102,7 +103,7 @@ def test_an_answer_that_was_complete_in_time_is_sent(late: float) -> None:
     async def nothing() -> Any:
         return await asyncio.get_running_loop().create_future()
 
-    door = Door(answer, gatekeeper=Gatekeeper(None))
+    door = Door(answer, gatekeeper=Gatekeeper(None), body_memory=BodyMemory(1 << 20))
     scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.04")], "client": None}
     asyncio.run(door(scope, nothing, collect))
     assert [message.get("status", message.get("body")) for message in sent] == [200, b"all"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -195,6 +197,26 @@ def test_a_large_body_is_checked_beside_the_streams(serve_guarded: ServeGuarded)
         refused = client.post("/v1/chat/completions", json=many)
     assert refused.status_code == 400
     assert "more than 4096 messages" in refused.json()["error"]["message"]
+
+
+def test_the_bodies_of_all_requests_are_bounded_together(serve_guarded: ServeGuarded) -> None:
+    """Two that are being sent find no room: one of them is told. Small ones always do, and large ones later."""
+    served = serve_guarded(DoorConfig(max_body_memory=1 << 20), ApiSettings(max_body_bytes=8 << 20))
+    address, part = ("127.0.0.1", served.port), POST + b"content-length: 2000000\r\n\r\n" + b" " * 600_000
+    with served.client() as client:
+        with socket.create_connection(address) as one, socket.create_connection(address) as other:
+            for connection in (one, other):
+                connection.sendall(part)
+            (refused, *_), _, _ = select.select([one, other], [], [], 20)
+            answer = refused.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 429 ")
+            assert b"retry-after: 1" in answer
+            assert b"max_body_memory" in answer
+            assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+        large, until_s = ASK | {"messages": [{"role": "user", "content": "x" * 600_000}]}, time.monotonic() + 20
+        while (last := client.post("/v1/chat/completions", json=large)).status_code == 429:
+            assert time.monotonic() < until_s
+        assert "context" in last.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("line", [b"x-more: " + b"y" * 1000 + b"\r\n", b"y" * 1000])

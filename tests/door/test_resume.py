@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llmserve.api.body_memory import BodyMemory
 from llmserve.api.door import Door
 from llmserve.api.gatekeeper import Gatekeeper
 from llmserve.api.resume import AsItStands, ResumableStreams, event_ids
@@ -321,7 +322,7 @@ def test_a_deadline_that_passes_while_the_last_event_is_sent_adds_nothing() -> N
     async def nothing() -> Any:
         return await asyncio.get_running_loop().create_future()
 
-    door = Door(app, gatekeeper=Gatekeeper(None))
+    door = Door(app, gatekeeper=Gatekeeper(None), body_memory=BodyMemory(1 << 20))
     scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.05")], "client": None}
     asyncio.run(door(scope, nothing, slow))
     assert b"".join(sent).count(b"\n\n") == 2
