@@ -32,13 +32,12 @@ def run_attention(ops: CPUOps, dtype: torch.dtype) -> None:
     for window in (0, 33):
         ops.paged_attention(q, cache, meta, 0.1, window, 5.0, torch.randn(6))
     decode = AttentionMetadata(
-        torch.tensor([0, 1], dtype=torch.int32),
-        meta.seq_lens[:1],
-        meta.block_table[:1],
-        meta.slot_mapping[-1:],
-        meta.positions[-1:],
-        1,
-        total,
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=meta.seq_lens[:1],
+        block_table=meta.block_table[:1],
+        slot_mapping=meta.slot_mapping[-1:],
+        positions=meta.positions[-1:],
+        max_seq_len=total,
     )
     ops.paged_attention(q[:1].contiguous(), cache, decode, 0.1)
 
