@@ -21,7 +21,8 @@ class ThreadLimitError(OSError):
 
 
 def require_threads(num_threads: int, who: str) -> None:
-    """Starts as many, and ends them again: some 50 us each. Raises ThreadLimitError, which names `who` needs them."""
+    """Starts as many, and ends them again: some 50 us each, 6 ms beside a thread that computes in Python, so never on
+    an event loop. Raises ThreadLimitError, which names `who` needs them."""
     over = threading.Event()
     started: list[threading.Thread] = []
     try:

@@ -93,8 +93,11 @@ class EngineProcesses:
 
         A standby that is still importing is taken too: it is ahead of a new one. Raises OSError.
         """
-        is_standby = self._standby is not None
-        require_threads(engine_threads(num_threads, device=device, is_standby=is_standby), "An engine")
+        is_standby: bool | None = None
+        while is_standby is not (self._standby is not None):  # it may have come or gone while threads were asked for
+            is_standby = self._standby is not None
+            num_needed = engine_threads(num_threads, device=device, is_standby=is_standby)
+            await asyncio.to_thread(require_threads, num_needed, "An engine")
         standby, self._standby = self._standby, None
         if standby is None:
             return await start_process(self._command)
@@ -134,7 +137,7 @@ class EngineProcesses:
         pause_s = 0.5
         while True:
             try:
-                require_threads(standby_threads(), "A standby engine")
+                await asyncio.to_thread(require_threads, standby_threads(), "A standby engine")
                 self._standby = await start_process(command)
                 status = await self._standby.process.wait()
                 standby, self._standby = self._standby, None
