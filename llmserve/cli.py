@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 
 from llmserve import __version__
-from llmserve.config import ServeConfig
 from llmserve.errors import ConfigError, LLMServeError
 from llmserve.settings import add_setting_flags
 
@@ -75,7 +74,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         for told in unknown_variables():
             print(f"llmserve: {told}", file=sys.stderr)
         config = load_serve_config(vars(args))
-        _require_server_threads(config)  # before the imports: libraries start some there already
+        _require_server_threads()  # before the imports: libraries start some there already
         from llmserve.serve import serve
 
         return serve(config)
@@ -83,13 +82,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _require_server_threads(config: ServeConfig) -> None:
-    """Raises ConfigError if there are not enough for the server and the engines it is to start."""
-    from llmserve.threads import ThreadLimitError, engine_threads, require_threads, server_threads
+def _require_server_threads() -> None:
+    """Raises ConfigError if there are not enough for the server; each engine asks for its own when it is started."""
+    from llmserve.threads import ThreadLimitError, require_threads, server_threads
 
     try:
-        engines = sum(engine_threads(entry.engine.num_threads) for entry in config.models)
-        require_threads(server_threads() + engines, "The server with its engines")
+        require_threads(server_threads(), "The server")
     except ThreadLimitError as error:
         raise ConfigError(str(error)) from error
 

@@ -180,6 +180,7 @@ class ServerConfig:
         for name in ("max_body_bytes", "keep_alive_s", "stall_timeout_s", "restart_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+        _require_at_least(self, "drain_timeout_s", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,17 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
+_MAX_OPENBLAS_THREADS = 64  # numpy's wheels are built for so many
+_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers: NVIDIA's, AMD's, Windows' own
+
 
 class ThreadLimitError(OSError):
     """There are fewer threads to be had than something needs; an OSError, as where a process cannot be started."""
 
 
 def require_threads(num_threads: int, who: str) -> None:
-    """Starts as many, and ends them again: some 50 us each. Raises ThreadLimitError, which names `who` needs them."""
+    """Starts as many, and ends them again: some 50 us each, 6 ms beside a thread that computes in Python, so never on
+    an event loop. Raises ThreadLimitError, which names `who` needs them."""
     over = threading.Event()
     started: list[threading.Thread] = []
     try:
@@ -65,13 +69,14 @@ def server_threads() -> int:
     return _numpy_threads() + _pool_threads("RAYON_NUM_THREADS") + 2 + min(max(cores, 4), 16) + 2 + min(32, cores + 4)
 
 
-def engine_threads(num_threads: int | None, *, is_standby: bool = False) -> int:
-    """What an engine's process still starts, itself included: numpy's pool, torch's and the kernels', ZMQ's two, a
-    compiler. A standby has its imports behind it, and numpy's pool with them.
+def engine_threads(num_threads: int | None, *, device: str = "auto", is_standby: bool = False) -> int:
+    """What an engine's process surely still starts, itself included: numpy's pool, torch's, ZMQ's two, a compiler; on
+    a CPU the kernels' too. A standby has its imports behind it, and numpy's pool with them.
 
-    `num_threads`: those it computes on; None: one a core.
+    `num_threads`: those it computes on; None: one a core. `device` as in EngineConfig.
     """
-    return (0 if is_standby else _numpy_threads()) + 2 * (num_threads or num_cores()) + 2
+    num_pools = 2 if _is_cpu(device) else 1
+    return (0 if is_standby else _numpy_threads()) + num_pools * (num_threads or num_cores()) + 2
 
 
 def standby_threads() -> int:
@@ -80,7 +85,12 @@ def standby_threads() -> int:
 
 
 def _numpy_threads() -> int:
-    return _pool_threads("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    return min(_pool_threads("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), _MAX_OPENBLAS_THREADS)
+
+
+def _is_cpu(device: str) -> bool:
+    """Whether an engine told so computes on the CPU for certain."""
+    return device == "cpu" or (device == "auto" and not any(os.path.exists(node) for node in _GPU_NODES))
 
 
 def _pool_threads(*variables: str) -> int:

@@ -16,6 +16,8 @@ from llmserve.api.v2_grpc_service import ErrorInterceptor, HealthService, Infere
 from llmserve.errors import ConfigError
 from llmserve.repository.data_plane import DataPlane
 
+_LARGEST_OPTION = 2**31 - 1  # gRPC keeps its options in a C int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpcSettings:
@@ -54,7 +56,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=(*interceptors, ErrorInterceptor()),
             options=(
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_receive_message_length", min(settings.max_message_bytes, _LARGEST_OPTION)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.server_handshake_timeout_ms", int(settings.handshake_timeout_s * 1000)),

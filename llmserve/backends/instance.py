@@ -98,7 +98,7 @@ class InstanceProcess:
         """Starts the process; it says its signature, or that it has loaded. Raises ModelLoadError."""
         self._loop = asyncio.get_running_loop()
         try:
-            require_threads(1 + self._launch.num_threads, "A model's process")
+            await asyncio.to_thread(require_threads, 1 + self._launch.num_threads, "A model's process")
             self._process = await self._start_process()
         except OSError as error:
             raise ModelLoadError(f"{self.name}: its process cannot be started: {error}") from error

@@ -89,10 +89,12 @@ class LLM:
     async def retire(self, timeout_s: float) -> None:
         """Takes no more requests; returns when those in flight have finished, or when one engine has had that time for
         them. One that is being replaced has had none: nobody loses an answer because an engine died at the wrong time.
+        Without any time (0) nobody is waited for.
         """
         num_engines = self.engine.num_engines
         while not await self.engine.drain(timeout_s):
-            if self.engine.num_engines == num_engines and self.engine.phase is not Phase.RESTARTING:
+            had_its_time = self.engine.num_engines == num_engines and self.engine.phase is not Phase.RESTARTING
+            if had_its_time or timeout_s <= 0:
                 break
             num_engines = self.engine.num_engines
 

@@ -121,7 +121,7 @@ class EngineClient:
             socket.linger = 0
         outbox.bind(f"{endpoint}/in")
         inbox.bind(f"{endpoint}/out")
-        engine = await self._processes.take(self._config.num_threads)
+        engine = await self._processes.take(self._config.num_threads, self._config.device)
         self._process, self._recorder = engine.process, engine.recorder
         launch = EngineLaunch(
             self._config, f"{endpoint}/in", f"{endpoint}/out", os.getpid(), engine.recorder_fd, self._log_level

@@ -87,12 +87,17 @@ class EngineProcesses:
         """The process that waits now."""
         return self._standby.process.pid if self._standby is not None else None
 
-    async def take(self, num_threads: int | None = None) -> EngineProcess:
-        """A process that nobody has told anything yet, to compute on `num_threads`: the standby, or a new one.
+    async def take(self, num_threads: int | None = None, device: str = "auto") -> EngineProcess:
+        """A process that nobody has told anything yet, to compute on `num_threads` (None: one a core) and `device`, as
+        in EngineConfig: the standby, or a new one.
 
         A standby that is still importing is taken too: it is ahead of a new one. Raises OSError.
         """
-        require_threads(engine_threads(num_threads, is_standby=self._standby is not None), "An engine")
+        is_standby: bool | None = None
+        while is_standby is not (self._standby is not None):  # it may have come or gone while threads were asked for
+            is_standby = self._standby is not None
+            num_needed = engine_threads(num_threads, device=device, is_standby=is_standby)
+            await asyncio.to_thread(require_threads, num_needed, "An engine")
         standby, self._standby = self._standby, None
         if standby is None:
             return await start_process(self._command)
@@ -132,7 +137,7 @@ class EngineProcesses:
         pause_s = 0.5
         while True:
             try:
-                require_threads(standby_threads(), "A standby engine")
+                await asyncio.to_thread(require_threads, standby_threads(), "A standby engine")
                 self._standby = await start_process(command)
                 status = await self._standby.process.wait()
                 standby, self._standby = self._standby, None

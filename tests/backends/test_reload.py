@@ -25,6 +25,7 @@ from llmserve.backends.generation import GenerationSpec
 from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServerConfig
 from llmserve.engine.processes import EngineProcesses
+from llmserve.engine.supervision import Phase
 from llmserve.errors import EngineDeadError, NotReadyError
 from llmserve.messages import SamplingParams
 from llmserve.metrics import Metrics
@@ -117,6 +118,31 @@ def test_a_version_that_retires_does_not_cut_off_whom_its_engine_has_kept_waitin
         await llm.retire(1.5)
         await llm.shutdown(5)
         assert await long == 300
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_version_that_retires_without_any_time_waits_for_no_engine(smollm2_path: Path, tmp_path: Path) -> None:
+    """Asked again at once, it would keep the event loop busy for as long as there is no engine."""
+    mark = tmp_path / "die"
+
+    async def scenario() -> None:
+        llm = make_llm(smollm2_path, script=Script(die_in_load_if=str(mark)))
+        await llm.start()
+        cut = asyncio.create_task(ask(llm, "cut", 4000))
+        await ask(llm, "meanwhile", 5)
+        assert llm.engine.pid is not None
+        mark.write_bytes(bytes(2))
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        for _ in range(10_000):
+            if llm.engine.phase is Phase.RESTARTING:
+                break
+            await asyncio.sleep(0.001)
+        await llm.retire(0)
+        assert llm.engine.phase is Phase.RESTARTING
+        await llm.shutdown(5)
+        (error,) = await asyncio.gather(cut, return_exceptions=True)
+        assert isinstance(error, EngineDeadError)
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 

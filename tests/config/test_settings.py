@@ -70,6 +70,7 @@ def test_booleans_have_a_flag_each_way() -> None:
     [
         (["--port", "eight"], {}, "--port"),
         (["--port", "70000"], {}, "port"),
+        (["--drain-timeout-s", "-1"], {}, "drain_timeout_s must be at least 0"),
         (["m", "--max-model-len", "0"], {}, "max_model_len"),
         (["m", "--dtype", "int3"], {}, "float32, bfloat16"),
         (["m", "--quantization", "awq"], {}, "auto, none, q8_0, int8, fp8, gguf"),

@@ -60,6 +60,17 @@ def test_a_message_has_a_limit_packed_or_not(compression: grpc.Compression | Non
     asyncio.run(ask())
 
 
+def test_a_body_of_http_may_be_larger_than_a_message_can_be() -> None:
+    """gRPC's limit is a C int, `--max-body-bytes` is not."""
+
+    async def ask() -> None:
+        async with serving(grpc_settings(DoorConfig(), 4 << 30)) as port:
+            code, _ = await infer(port, 64 << 20)
+            assert code is grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(ask())
+
+
 def test_connections_have_a_limit_and_must_say_something() -> None:
     async def crowd() -> None:
         async with serving(GrpcSettings(max_connections=4, handshake_timeout_s=0.5)) as port:

@@ -159,7 +159,7 @@ def test_with_too_few_threads_it_does_not_begin(
     server.join()
     assert server.process.wait(10) == 1
     (line,) = server.output.splitlines()
-    assert line.startswith("llmserve: The server with its engines needs about ")
+    assert line.startswith("llmserve: The server needs about ")
     assert "ulimit -u" in line
 
 

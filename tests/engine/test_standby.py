@@ -17,6 +17,7 @@ import pytest
 from llmserve.config import EngineConfig
 from llmserve.engine.client import EngineClient
 from llmserve.engine.processes import EngineProcesses
+from llmserve.threads import engine_threads
 from tests.engine.scripted_engine import Script
 
 COMMAND = (sys.executable, "-m", "tests.engine.scripted_engine", msgspec.json.encode(Script()).decode())
@@ -108,6 +109,80 @@ def test_it_becomes_the_next_engine_and_is_renewed_only_when_asked() -> None:
         finally:
             await first.shutdown(drain=False, timeout_s=5)
             await second.shutdown(drain=False, timeout_s=5)
+
+    run(use)
+
+
+class SlowGrant:
+    """In the place of `require_threads`: grants when the event loop has gone on meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[int] = []
+        self.loop_went_on: list[bool] = []
+        self._goes_on = threading.Event()
+        monkeypatch.setattr("llmserve.engine.processes.require_threads", self._require)
+
+    def watch(self) -> None:
+        """From now on; to be called on the event loop."""
+        asyncio.get_running_loop().call_soon(self._goes_on.set)
+
+    def _require(self, num_threads: int, _who: str) -> None:
+        self.asked.append(num_threads)
+        self.loop_went_on.append(self._goes_on.wait(3))
+
+
+def test_streams_go_on_while_threads_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    grant = SlowGrant(monkeypatch)
+
+    async def use(processes: EngineProcesses) -> None:
+        grant.watch()
+        await (await processes.take()).end()
+
+    run(use)
+    assert grant.loop_went_on == [True]
+
+
+def test_streams_go_on_while_a_standby_asks_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    grant = SlowGrant(monkeypatch)
+
+    async def use(processes: EngineProcesses) -> None:
+        processes.prepare()
+        await asyncio.sleep(0)  # now it asks, or has done so
+        grant.watch()
+        await standby_of(processes)
+
+    run(use)
+    assert grant.loop_went_on == [True]
+
+
+def test_who_comes_too_late_for_the_standby_asks_for_what_a_new_process_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(processes: EngineProcesses) -> None:
+        processes.prepare()
+        pid = await standby_of(processes)
+        grant = SlowGrant(monkeypatch)
+        grant.watch()
+        engines = await asyncio.gather(processes.take(8), processes.take(8))
+        assert [engine.process.pid == pid for engine in engines].count(True) == 1
+        of_a_standby, of_a_new = engine_threads(8, is_standby=True), engine_threads(8)
+        assert sorted(grant.asked) == [of_a_standby, of_a_standby, of_a_new]
+        for engine in engines:
+            await engine.end()
+
+    run(use)
+
+
+def test_who_leaves_while_threads_are_asked_for_leaves_the_standby(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(processes: EngineProcesses) -> None:
+        processes.prepare()
+        pid = await standby_of(processes)
+        grant = SlowGrant(monkeypatch)
+        taking = asyncio.create_task(processes.take())
+        await asyncio.sleep(0)
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+        assert taking.cancelled()
+        assert processes.standby_pid == pid
+        grant.watch()
 
     run(use)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -167,6 +168,20 @@ def test_a_model_that_raises_as_it_is_unloaded_is_unloaded(tmp_path: Path) -> No
         assert time.monotonic() - started < 4  # not the unload's time-out
 
     asyncio.run(scenario())
+
+
+def test_requests_go_on_while_threads_for_a_process_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, went_on = threading.Event(), []
+    monkeypatch.setattr("llmserve.backends.instance.require_threads", lambda *_: went_on.append(goes_on.wait(3)))
+
+    async def use() -> None:
+        asyncio.get_running_loop().call_soon(goes_on.set)
+        async with running(tmp_path, {"model.py": IDENTITY}):
+            assert went_on == [True]
+
+    asyncio.run(use())
 
 
 def test_the_other_instances_serve_on(tmp_path: Path) -> None:
