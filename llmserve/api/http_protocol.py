@@ -17,11 +17,6 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from llmserve.errors import ConfigError
-
-if not hasattr(HttpToolsProtocol, "_start_asgi_task"):  # overridden below: nobody would learn that a client has gone
-    raise ConfigError("The installed uvicorn is too old: 0.45 or later is needed. Run pip install 'uvicorn>=0.45'.")
-
 Part = bytes | bytearray | memoryview
 HeaderList = Sequence[tuple[bytes, bytes]]
 _MAX_PIPELINED = 256  # requests that wait behind another on their connection: some 2 KiB each, whoever sends them
@@ -200,7 +195,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """uvicorn's, which remembers the request that came last, not the one that is being answered."""
+        """uvicorn's (since 0.45), which remembers the request that came last, not the one that is being answered."""
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
