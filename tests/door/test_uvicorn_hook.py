@@ -1,5 +1,6 @@
-"""The one method of uvicorn's protocol that is overridden and is none of asyncio's must be there: an override of nothing is
-never called, and who is answered over a pipeline would not learn that the client has gone."""
+"""The one method of uvicorn's protocol that is overridden and is none of asyncio's must be there.
+
+An override of nothing is never called, and who is answered over a pipeline would not learn that the client has gone."""
 
 from __future__ import annotations
 
