@@ -34,8 +34,8 @@ from llmserve.errors import ConfigError
 
 ENV_PREFIX = "LLMSERVE_"
 _OTHER_VARIABLES = ("API_KEY", "CACHE", "CONFIG", "MODELS")  # no settings, but read by us
-# What Kubernetes tells every pod of a Service called llmserve; its LLMSERVE_PORT is a URL.
-_SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?")
+# What Kubernetes tells every pod of a Service called llmserve or llmserve-grpc; its LLMSERVE_GRPC_PORT is a URL.
+_SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 _SECTIONS: dict[str, type] = {
     "server": ServerConfig,
     "door": DoorConfig,
@@ -105,7 +105,7 @@ def _own_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in own.items()
-        if not _SERVICE_LINK.fullmatch(name) or (name == "PORT" and "://" not in value)
+        if not _SERVICE_LINK.fullmatch(name) and not (name.endswith("PORT") and "://" in value)
     }
 
 

@@ -105,20 +105,24 @@ def test_a_variable_that_is_no_setting_is_said() -> None:
     ]
 
 
-def test_what_kubernetes_says_of_a_service_called_llmserve_is_no_setting() -> None:
+@pytest.mark.parametrize("service", ["LLMSERVE", "LLMSERVE_GRPC", "LLMSERVE_MY_MODELS"])
+def test_what_kubernetes_says_of_a_service_called_so_is_no_setting(service: str) -> None:
     environ = {
-        "LLMSERVE_PORT": "tcp://10.0.171.239:8000",
-        "LLMSERVE_PORT_8000_TCP": "tcp://10.0.171.239:8000",
-        "LLMSERVE_PORT_8000_TCP_ADDR": "10.0.171.239",
-        "LLMSERVE_PORT_8000_TCP_PORT": "8000",
-        "LLMSERVE_PORT_8000_TCP_PROTO": "tcp",
-        "LLMSERVE_SERVICE_HOST": "10.0.171.239",
-        "LLMSERVE_SERVICE_PORT": "8000",
-        "LLMSERVE_SERVICE_PORT_HTTP": "8000",
+        f"{service}_PORT": "tcp://10.0.171.239:8000",
+        f"{service}_PORT_8000_TCP": "tcp://10.0.171.239:8000",
+        f"{service}_PORT_8000_TCP_ADDR": "10.0.171.239",
+        f"{service}_PORT_8000_TCP_PORT": "8000",
+        f"{service}_PORT_8000_TCP_PROTO": "tcp",
+        f"{service}_PORT_53_UDP": "udp://10.0.171.239:53",
+        f"{service}_SERVICE_HOST": "10.0.171.239",
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
     }
     assert unknown_variables(environ) == []
-    assert load("m", environ=environ).server.port == 8000
-    assert load("m", environ={"LLMSERVE_PORT": "9000"}).server.port == 9000
+    server = load("m", environ=environ).server
+    assert (server.port, server.grpc_port) == (8000, None)
+    server = load("m", environ={"LLMSERVE_PORT": "9000", "LLMSERVE_GRPC_PORT": "9001"}).server
+    assert (server.port, server.grpc_port) == (9000, 9001)
 
 
 @pytest.mark.parametrize(
