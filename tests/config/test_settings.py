@@ -171,3 +171,19 @@ def test_each_model_may_state_its_share_of_a_gpu(tmp_path: Path) -> None:
     for wrong in ("0", "-3", "lots", "150%"):
         with pytest.raises(ConfigError, match=r"gpu.memory"):
             load("m", "--gpu-memory", wrong)
+
+
+def test_a_model_on_the_cpu_does_not_inherit_what_is_for_the_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    everyone = 'gpu_memory = 0.5\nkv_cache_host_memory = "1GiB"\n[[models]]\nmodel = "a"\n'
+    file.write_text(everyone + '[[models]]\nmodel = "b"\ndevice = "cpu"\n')
+    config = load("--config", str(file))
+    engines = [config.engine, *(entry.engine for entry in config.models)]
+    assert [engine.gpu_memory for engine in engines] == [0.5, 0.5, None]
+    assert [engine.kv_cache_host_memory for engine in engines] == [2**30, 2**30, 0]
+    assert load("m", "--device", "cpu", environ={"LLMSERVE_GPU_MEMORY": "0.5"}).models[0].engine.gpu_memory is None
+    with pytest.raises(ConfigError, match="gpu_memory is for models on a GPU"):  # a flag is meant for every model
+        load("--config", str(file), "--gpu-memory", "0.6")
+    file.write_text(everyone + '[[models]]\nmodel = "b"\ndevice = "cpu"\ngpu_memory = 0.4\n')
+    with pytest.raises(ConfigError, match="gpu_memory is for models on a GPU"):
+        load("--config", str(file))
