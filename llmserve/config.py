@@ -11,6 +11,7 @@ from typing import Any
 
 from llmserve.errors import ConfigError
 
+GPU_SETTINGS = ("gpu_memory", "kv_cache_host_memory")  # of an engine; nothing on a CPU
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -143,7 +144,7 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory must be a share (0.6) or an amount (40GiB), not {self.gpu_memory}.")
         for name in ("device", "dtype", "quantization", "kv_cache_dtype", "speculation", "cuda_graph_capture"):
             _require_choice(self, name)
-        for name in ("gpu_memory", "kv_cache_host_memory"):
+        for name in GPU_SETTINGS:
             if self.device == "cpu" and getattr(self, name):
                 raise ConfigError(f"{name} is for models on a GPU, and device is 'cpu'. Leave one of them out.")
         if self.block_size < 16 or self.block_size % 16:

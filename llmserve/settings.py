@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmserve.config import (
+    GPU_SETTINGS,
     DoorConfig,
     EngineConfig,
     ModelConfigEntry,
@@ -34,8 +35,8 @@ from llmserve.errors import ConfigError
 
 ENV_PREFIX = "LLMSERVE_"
 _OTHER_VARIABLES = ("API_KEY", "CACHE", "CONFIG", "MODELS")  # no settings, but read by us
-# What Kubernetes tells every pod of a Service called llmserve; its LLMSERVE_PORT is a URL.
-_SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?")
+# What Kubernetes tells every pod of a Service called llmserve or llmserve-grpc; its LLMSERVE_GRPC_PORT is a URL.
+_SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 _SECTIONS: dict[str, type] = {
     "server": ServerConfig,
     "door": DoorConfig,
@@ -85,7 +86,8 @@ def load_serve_config(args: Mapping[str, Any], environ: Mapping[str, str] = os.e
         tables = [{"model": ""}]  # the embedded default
     entries = tuple(_entry(table, base, flags) for table in tables)
     served = _with_served_names(entries, args.get("served_model_name"))
-    return ServeConfig(server=server, door=door, repository=repository, engine=EngineConfig(**base), models=served)
+    engine = _engine_config(base, flags)
+    return ServeConfig(server=server, door=door, repository=repository, engine=engine, models=served)
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -105,7 +107,7 @@ def _own_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in own.items()
-        if not _SERVICE_LINK.fullmatch(name) or (name == "PORT" and "://" not in value)
+        if not _SERVICE_LINK.fullmatch(name) and not (name.endswith("PORT") and "://" in value)
     }
 
 
@@ -124,7 +126,17 @@ def _entry(table: dict[str, Any], base: dict[str, Any], flags: dict[str, Any]) -
     own = {key: value for key, value in table.items() if key not in ("model", "served_model_name")}
     served = table.get("served_model_name", [])
     names = (served,) if isinstance(served, str) else tuple(served)
-    return ModelConfigEntry(model=table["model"], served_names=names, engine=EngineConfig(**{**base, **own, **flags}))
+    engine = _engine_config({**base, **own, **flags}, {**own, **flags})
+    return ModelConfigEntry(model=table["model"], served_names=names, engine=engine)
+
+
+def _engine_config(values: dict[str, Any], said: dict[str, Any]) -> EngineConfig:
+    """`said` are those of `values` that a flag or the model's own table gives: a GPU's settings among them are refused
+    for a model on a CPU. Those that it inherits are meant for the others, and dropped: TOML has no word to unset one.
+    """
+    if values.get("device") == "cpu":
+        values = {name: value for name, value in values.items() if name in said or name not in GPU_SETTINGS}
+    return EngineConfig(**values)
 
 
 def _read_toml(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -31,8 +31,12 @@ async def cohere_embed(http_request: Request, context: ApiContext) -> Response:
         truncation = Truncation(
             request.max_tokens, request.truncate != "NONE", "left" if request.truncate == "START" else "right"
         )
-        answer = await run(http_request, embed(texts, options, model, "texts", truncation))
-        embeddings: dict[str, list[msgspec.Raw]] = {form: await write_vectors(answer.vectors, form) for form in forms}
+
+        async def work() -> tuple[int, dict[VectorFormat, list[msgspec.Raw]]]:
+            answer = await embed(texts, options, model, "texts", truncation)
+            return answer.num_tokens, {form: await write_vectors(answer.vectors, form) for form in forms}
+
+        num_tokens, embeddings = await run(http_request, work())
         return json_response(
             {
                 "id": str(uuid.uuid4()),
@@ -41,8 +45,8 @@ async def cohere_embed(http_request: Request, context: ApiContext) -> Response:
                 "texts": texts,
                 "meta": {
                     "api_version": {"version": "2"},
-                    "billed_units": {"input_tokens": answer.num_tokens},
-                    "tokens": {"input_tokens": answer.num_tokens},
+                    "billed_units": {"input_tokens": num_tokens},
+                    "tokens": {"input_tokens": num_tokens},
                 },
             }
         )

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
@@ -64,8 +65,12 @@ async def embeddings(http_request: Request, context: ApiContext) -> Response:
         form: VectorFormat = request.embedding_type or request.encoding_format or "float"
         check_format(form, request.dimensions or model.pooling.dimension)
         special = request.add_special_tokens is not False
-        answer = await run(http_request, embed(request.input, request, model, "input", add_special_tokens=special))
-        written = await write_vectors(answer.vectors, form)
+
+        async def work() -> tuple[Embeddings, list[msgspec.Raw]]:
+            answer = await embed(request.input, request, model, "input", add_special_tokens=special)
+            return answer, await write_vectors(answer.vectors, form)
+
+        answer, written = await run(http_request, work())
         return json_response(
             {
                 "object": "list",
@@ -83,27 +88,14 @@ async def pooling(http_request: Request, context: ApiContext) -> Response:
     request = await context.read_request(http_request, PoolingTaskRequest)
     check_count(len(request.input), context, "input")
     with use_model(context, request.model, ANY) as model:
-        task = _task(request, model)
         form: VectorFormat = request.embedding_type or request.encoding_format or "float"
-        options = request.model_copy(update={"task": None})
-        special = request.add_special_tokens is not False
-        if task == "classify":
-            if request.dimensions is not None:
-                raise InvalidRequestError("'dimensions' is for embeddings; this model gives scores.", "dimensions")
-            pooled = await run(
-                http_request,
-                model.pool(request.input, task, request.truncated(), "input", add_special_tokens=special),
-            )
-            activation = "identity" if request.use_activation is False else model.pooling.activation
-            rows = [activate(row, activation).astype(np.float32) for row in pooled.rows]
-        else:
-            answer = await run(
-                http_request,
-                embed(request.input, options, model, "input", task=task, add_special_tokens=special),
-            )
-            rows, pooled = answer.vectors, answer.pooled
-        check_format(form, rows[0].shape[-1])
-        written = await write_vectors(rows, form)
+
+        async def work() -> tuple[Pooled, list[msgspec.Raw]]:
+            rows, pooled = await _pool(request, model)
+            check_format(form, rows[0].shape[-1])
+            return pooled, await write_vectors(rows, form)
+
+        pooled, written = await run(http_request, work())
         return json_response(
             {
                 "id": f"pool-{uuid.uuid4().hex}",
@@ -113,6 +105,21 @@ async def pooling(http_request: Request, context: ApiContext) -> Response:
                 "usage": usage(sum(pooled.num_tokens)),
             }
         )
+
+
+async def _pool(request: PoolingTaskRequest, model: PoolingModel) -> tuple[list[FloatArray], Pooled]:
+    """What is answered for each input, and what the model made of it. Raises as `embed` does."""
+    task = _task(request, model)
+    special = request.add_special_tokens is not False
+    if task != "classify":
+        options = request.model_copy(update={"task": None})
+        answer = await embed(request.input, options, model, "input", task=task, add_special_tokens=special)
+        return answer.vectors, answer.pooled
+    if request.dimensions is not None:
+        raise InvalidRequestError("'dimensions' is for embeddings; this model gives scores.", "dimensions")
+    pooled = await model.pool(request.input, task, request.truncated(), "input", add_special_tokens=special)
+    activation = "identity" if request.use_activation is False else model.pooling.activation
+    return [activate(row, activation).astype(np.float32) for row in pooled.rows], pooled
 
 
 def _task(request: PoolingTaskRequest, model: PoolingModel) -> PoolingTask:

@@ -19,7 +19,8 @@ _MAX_UNTAKEN = 64  # lists of deltas
 class MergedGeneration:
     """The generations of several prompts, `n` sequences each, as one whose indices count through all of them.
 
-    The first that fails fails all. Starting happens on entering, so that a refusal of the tenth aborts the nine before.
+    The first that fails fails all, once what came before it has been read. Starting happens on entering, so that a
+    refusal of the tenth aborts the nine before.
     """
 
     def __init__(self, request_id: str, starts: Sequence[Callable[[], Generation]], n: int) -> None:
@@ -30,6 +31,7 @@ class MergedGeneration:
         self._tasks: list[asyncio.Task[None]] = []
         self._room = asyncio.Semaphore(_MAX_UNTAKEN)  # who does not take this one's news takes none of theirs
         self._queue: asyncio.Queue[list[GenerationDelta] | asyncio.Task[None]] = asyncio.Queue()
+        self._failed: asyncio.Task[None] | None = None  # what came before it has been read
         self._num_running = 0
 
     async def __aenter__(self) -> Self:
@@ -57,13 +59,16 @@ class MergedGeneration:
     async def __anext__(self) -> list[GenerationDelta]:
         deltas: list[GenerationDelta] = []
         while self._num_running and (not deltas or not self._queue.empty()):
-            news = await self._queue.get()
-            if isinstance(news, asyncio.Task):
-                self._num_running -= 1
-                news.result()
-            else:
+            news = self._failed or await self._queue.get()
+            if not isinstance(news, asyncio.Task):
                 self._room.release()
                 deltas += news
+            elif deltas and (news.cancelled() or news.exception()):
+                self._failed = news
+                break
+            else:
+                self._num_running -= 1
+                news.result()
         if not deltas:
             raise StopAsyncIteration
         return deltas

@@ -22,6 +22,8 @@ from llmserve.http_metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
+_MAX_PIPELINED = 256  # requests that wait behind another on their connection: some 2 KiB each, whoever sends them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
@@ -39,7 +41,7 @@ class LimitedConnections:
 
     def __init__(self, limits: ConnectionLimits, metrics: HttpMetrics, direct: DirectHandler | None = None) -> None:
         self.limits = limits
-        self._metrics = metrics
+        self.metrics = metrics
         self._direct = direct
 
     def __call__(
@@ -49,7 +51,7 @@ class LimitedConnections:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> LimitedConnection:
-        return LimitedConnection(config, server_state, app_state, _loop, self.limits, self._metrics, self._direct)
+        return LimitedConnection(config, server_state, app_state, _loop, self.limits, self.metrics, self._direct)
 
 
 class LimitedConnection(HttpProtocol):
@@ -141,7 +143,10 @@ class LimitedConnection(HttpProtocol):
         self._in_headers, self._in_body = False, True
         self._num_idle_bytes = 0
         self._stop_reading()
-        super().on_headers_complete()
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self._refuse_pipelined()
+        else:
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """All is here."""
@@ -183,6 +188,12 @@ class LimitedConnection(HttpProtocol):
         self._metrics.refuse("slow_reader")
         logger.info("a client did not read for %g s: its connection is closed", self._limits.send_timeout_s)
         self.transport.abort()  # closing would wait for it to read
+
+    def _refuse_pipelined(self) -> None:
+        if not self.transport.is_closing():  # the parser goes on to the end of what has been received
+            self._metrics.refuse("too_many_pipelined")
+        self._leave()
+        self.transport.abort()
 
     def _refuse_body(self, status: int, message: str, code: str) -> None:
         if self.cycle is not None and self.cycle.response_started:

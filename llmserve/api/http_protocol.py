@@ -19,7 +19,6 @@ from uvicorn.server import ServerState
 
 Part = bytes | bytearray | memoryview
 HeaderList = Sequence[tuple[bytes, bytes]]
-_MAX_PIPELINED = 256  # requests that wait behind another on their connection: some 2 KiB each, whoever sends them
 _SMALL_BYTES = 65536  # of a body; up to here a copy is cheaper than one more write to the socket
 MAX_LENGTH_DIGITS = 20  # of a length; the parser takes any number of leading zeros, and int() does not
 
@@ -142,10 +141,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the request before may have been answered since these bytes came
         if self.parser.should_upgrade():
             return  # it will be here again
-        if len(self.pipeline) >= _MAX_PIPELINED:
-            self._leave()
-            self.transport.abort()
-            return
         headers = dict(self.headers)
         if not self._is_direct(headers):
             super().on_headers_complete()

@@ -86,7 +86,8 @@ def check_count(count: int, context: ApiContext, param: str) -> None:
 
 
 async def run(http_request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """`work`, cancelled when the client goes. Raises ClientDisconnectedError, or what it raises."""
+    """`work`, cancelled when the client goes or the request's time is up. All that takes long belongs into it: what
+    comes behind has no end. Raises ClientDisconnectedError, or what it raises."""
     return await run_until_disconnect(http_request.receive, work)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +25,7 @@ from llmserve.api.pooling_protocol import (
 )
 from llmserve.api.tei_headers import tei_headers
 from llmserve.api.vector_format import write_vectors
+from llmserve.backends.pooling_job import Pooled
 from llmserve.backends.pooling_model import PoolingModel
 from llmserve.backends.pooling_tokenizer import PoolingInput, TextPair
 from llmserve.backends.vectors import FloatArray, activate, similarities
@@ -70,10 +72,14 @@ async def _embed(http_request: Request, context: ApiContext, *, all_tokens: bool
     with use_model(context, request.model, ["embed"]) as model:
         options = request if all_tokens or request.unit is not None else request.model_copy(update={"normalize": True})
         task: Any = "token_embed" if all_tokens else "embed"
-        answer = await run(http_request, embed(request.inputs, options, model, "inputs", task=task))
-        written = await write_vectors(answer.vectors, "float")
+
+        async def work() -> tuple[Pooled, list[msgspec.Raw]]:
+            answer = await embed(request.inputs, options, model, "inputs", task=task)
+            return answer.pooled, await write_vectors(answer.vectors, "float")
+
+        pooled, written = await run(http_request, work())
         num_characters = sum(len(text) for text in request.inputs if isinstance(text, str))
-        return json_response(written, headers=tei_headers(answer.pooled, num_characters))
+        return json_response(written, headers=tei_headers(pooled, num_characters))
 
 
 @in_tei_words

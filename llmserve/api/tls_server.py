@@ -14,6 +14,7 @@ import ssl
 import uvicorn
 
 from llmserve.api.http_connection import ConnectionLimits, LimitedConnections
+from llmserve.http_metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class HttpServer(uvicorn.Server):
         for listener in sockets:
             listener.listen(self.config.backlog)
             listener.setblocking(False)
-            accepting = self._accept(listener, context, connections.limits)
+            accepting = self._accept(listener, context, connections.limits, connections.metrics)
             self._listening.append(asyncio.create_task(accepting, name="accept TLS"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -50,7 +51,9 @@ class HttpServer(uvicorn.Server):
         await asyncio.gather(*self._listening, *self._shaking, return_exceptions=True)
         await super().shutdown(sockets)
 
-    async def _accept(self, listener: socket.socket, context: ssl.SSLContext, limits: ConnectionLimits) -> None:
+    async def _accept(
+        self, listener: socket.socket, context: ssl.SSLContext, limits: ConnectionLimits, metrics: HttpMetrics
+    ) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -63,18 +66,23 @@ class HttpServer(uvicorn.Server):
                 continue
             num_open = len(self.server_state.connections) + len(self._shaking)
             if limits.max_connections and num_open >= limits.max_connections:
+                metrics.refuse("too_many_connections")
                 client.close()  # without a word: that would cost both sides a handshake
                 continue
-            task = asyncio.create_task(self._shake_hands(client, context, limits.header_timeout_s), name="handshake")
+            shaking = self._shake_hands(client, context, limits.header_timeout_s, metrics)
+            task = asyncio.create_task(shaking, name="handshake")
             self._shaking.add(task)
             task.add_done_callback(self._shaking.discard)
 
-    async def _shake_hands(self, client: socket.socket, context: ssl.SSLContext, timeout_s: float) -> None:
+    async def _shake_hands(
+        self, client: socket.socket, context: ssl.SSLContext, timeout_s: float, metrics: HttpMetrics
+    ) -> None:
         def connection() -> asyncio.Protocol:
             return self.config.http_protocol_class(  # type: ignore[call-arg]
                 config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None
             )
 
+        metrics.num_connections += 1  # until it is a connection that counts itself
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -82,4 +90,8 @@ class HttpServer(uvicorn.Server):
             )
         except OSError as error:  # no TLS, none in time, or the client has gone
             client.close()
+            if isinstance(error, ConnectionAbortedError):  # by the event loop: it was none in time
+                metrics.refuse("handshake_timeout")
             logger.debug("A handshake failed: %s", error)
+        finally:
+            metrics.num_connections -= 1

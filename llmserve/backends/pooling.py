@@ -43,7 +43,8 @@ class PoolingBackend(Backend):
         niceness = _niceness(model)
         if model.kind == "GPU":
             torch.cuda.set_device(torch_device(model))  # this process has one: the runner takes it
-        self._runner = PoolingRunner.load(model.version_path, config, weight_format, model.num_threads)
+        device = "cpu" if model.kind == "CPU" else "auto"
+        self._runner = PoolingRunner.load(model.version_path, config, weight_format, model.num_threads, device)
         self.device = str(self._runner.device)
         _step_back(niceness)
 

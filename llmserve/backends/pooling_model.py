@@ -116,7 +116,7 @@ class PoolingModel:
         backend = find_backend(self._config.backend, self._config.platform, self.name)
         paths = (self.version, str(self._version_path), str(self._model_path), backend, self._settings.log_level)
         every = launches(self._config, *paths)
-        self._device = every[0].kind.lower()
+        self._device = "gpu" if every[0].kind == "GPU" else "cpu"
         self._texts.batcher = TextBatcher(max_batch_tokens(self._config, every[0].kind))
         self._instances = [ProcessInstance(launch, self._settings, self._texts) for launch in every]
         self._texts.instances = self._instances

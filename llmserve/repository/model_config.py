@@ -26,6 +26,9 @@ MODEL_FILENAMES: dict[str, tuple[str, ...]] = {
     "python": ("model.py",),
 }
 
+# These take a GPU where there is one, unless the configuration says KIND_CPU: KIND_AUTO stays as it is until they load.
+_CHOOSING_BACKENDS = frozenset({"pooling"})
+
 # What asks for something that is not served yet. Whoever adds the feature takes its line out.
 _UNSUPPORTED: dict[str, Callable[[ModelConfig], bool]] = {
     "sequence_batching": lambda c: c.HasField("sequence_batching"),
@@ -196,7 +199,7 @@ def _with_instance_groups(config: ModelConfig, model: str) -> ModelConfig:
     for position, group in enumerate(config.instance_group):
         group.name = group.name or f"{model}_{position}"
         group.count = group.count or 1
-        if group.kind == groups.KIND_AUTO:
+        if group.kind == groups.KIND_AUTO and (group.gpus or config.backend not in _CHOOSING_BACKENDS):
             group.kind = groups.KIND_GPU if group.gpus else groups.KIND_CPU
     return config
 

@@ -64,6 +64,19 @@ def test_whatever_ends_a_source_ends_the_whole(error: BaseException, num_deltas:
         asyncio.run(read(Ending(1, hangs=True), Ending(num_deltas, error)))
 
 
+@pytest.mark.parametrize("error", [EngineDeadError("dead"), asyncio.CancelledError()], ids=type)
+def test_a_late_reader_gets_the_tokens_that_came_before_an_error(error: BaseException) -> None:
+    async def run() -> None:
+        async with MergedGeneration("a", [partial(Ending, 3, error), partial(Ending, 0, hangs=True)], 1) as merged:
+            for _ in range(100):  # all has been said by then
+                await asyncio.sleep(0)
+            assert [delta.token_ids for delta in await anext(merged)] == [[0], [1], [2]]
+            with pytest.raises(type(error)):
+                await anext(merged)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
 def test_of_sources_that_all_fail_the_reader_hears_the_first_and_nobody_the_rest() -> None:
     unheard: list[dict[str, object]] = []
 

@@ -106,20 +106,24 @@ def test_a_variable_that_is_no_setting_is_said() -> None:
     ]
 
 
-def test_what_kubernetes_says_of_a_service_called_llmserve_is_no_setting() -> None:
+@pytest.mark.parametrize("service", ["LLMSERVE", "LLMSERVE_GRPC", "LLMSERVE_MY_MODELS"])
+def test_what_kubernetes_says_of_a_service_called_so_is_no_setting(service: str) -> None:
     environ = {
-        "LLMSERVE_PORT": "tcp://10.0.171.239:8000",
-        "LLMSERVE_PORT_8000_TCP": "tcp://10.0.171.239:8000",
-        "LLMSERVE_PORT_8000_TCP_ADDR": "10.0.171.239",
-        "LLMSERVE_PORT_8000_TCP_PORT": "8000",
-        "LLMSERVE_PORT_8000_TCP_PROTO": "tcp",
-        "LLMSERVE_SERVICE_HOST": "10.0.171.239",
-        "LLMSERVE_SERVICE_PORT": "8000",
-        "LLMSERVE_SERVICE_PORT_HTTP": "8000",
+        f"{service}_PORT": "tcp://10.0.171.239:8000",
+        f"{service}_PORT_8000_TCP": "tcp://10.0.171.239:8000",
+        f"{service}_PORT_8000_TCP_ADDR": "10.0.171.239",
+        f"{service}_PORT_8000_TCP_PORT": "8000",
+        f"{service}_PORT_8000_TCP_PROTO": "tcp",
+        f"{service}_PORT_53_UDP": "udp://10.0.171.239:53",
+        f"{service}_SERVICE_HOST": "10.0.171.239",
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
     }
     assert unknown_variables(environ) == []
-    assert load("m", environ=environ).server.port == 8000
-    assert load("m", environ={"LLMSERVE_PORT": "9000"}).server.port == 9000
+    server = load("m", environ=environ).server
+    assert (server.port, server.grpc_port) == (8000, None)
+    server = load("m", environ={"LLMSERVE_PORT": "9000", "LLMSERVE_GRPC_PORT": "9001"}).server
+    assert (server.port, server.grpc_port) == (9000, 9001)
 
 
 @pytest.mark.parametrize(
@@ -168,3 +172,19 @@ def test_each_model_may_state_its_share_of_a_gpu(tmp_path: Path) -> None:
     for wrong in ("0", "-3", "lots", "150%"):
         with pytest.raises(ConfigError, match=r"gpu.memory"):
             load("m", "--gpu-memory", wrong)
+
+
+def test_a_model_on_the_cpu_does_not_inherit_what_is_for_the_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    everyone = 'gpu_memory = 0.5\nkv_cache_host_memory = "1GiB"\n[[models]]\nmodel = "a"\n'
+    file.write_text(everyone + '[[models]]\nmodel = "b"\ndevice = "cpu"\n')
+    config = load("--config", str(file))
+    engines = [config.engine, *(entry.engine for entry in config.models)]
+    assert [engine.gpu_memory for engine in engines] == [0.5, 0.5, None]
+    assert [engine.kv_cache_host_memory for engine in engines] == [2**30, 2**30, 0]
+    assert load("m", "--device", "cpu", environ={"LLMSERVE_GPU_MEMORY": "0.5"}).models[0].engine.gpu_memory is None
+    with pytest.raises(ConfigError, match="gpu_memory is for models on a GPU"):  # a flag is meant for every model
+        load("--config", str(file), "--gpu-memory", "0.6")
+    file.write_text(everyone + '[[models]]\nmodel = "b"\ndevice = "cpu"\ngpu_memory = 0.4\n')
+    with pytest.raises(ConfigError, match="gpu_memory is for models on a GPU"):
+        load("--config", str(file))

@@ -37,6 +37,7 @@ def test_who_piles_them_up_and_reads_no_answer_is_let_go(serve_guarded: ServeGua
         connection.sendall(flood)
     with served.client() as client:
         assert client.get("/health").status_code == 200
+    assert served.metrics.http.refused == {"too_many_pipelined": 1}
 
 
 def test_a_client_that_goes_leaves_the_request_that_is_answered_too(serve_guarded: ServeGuarded) -> None:

@@ -84,6 +84,8 @@ def test_who_shakes_no_hands_is_counted_meanwhile_and_let_go(
 
         silent = [connect(patient.port) for _ in range(20)]
         assert [connection.recv(1) for connection in silent[8:]] == [b""] * 12  # not even asked for a name
+        assert patient.metrics.http.num_connections == 8
+        assert patient.metrics.http.refused == {"too_many_connections": 12}
         with httpx.Client(verify=certificates.trust(0), base_url=patient.url) as client:
             with pytest.raises(httpx.HTTPError):
                 client.get("/health")
@@ -100,7 +102,8 @@ def test_who_shakes_no_hands_is_counted_meanwhile_and_let_go(
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1) == b""
         with httpx.Client(verify=certificates.trust(0), base_url=hasty.url) as client:
-            assert client.get("/health").status_code == 200
+            assert "\nhttp_connections 1.0\n" in client.get("/metrics").text
+        assert hasty.metrics.http.refused == {"handshake_timeout": 8}
 
 
 async def live(port: int, authority: trustme.CA) -> bool:
