@@ -123,7 +123,10 @@ class _Server:
         """Takes nothing new, and ends HTTP once all that is in flight has been answered. Until then it says so."""
         drain_s = self._config.server.drain_timeout_s
         end_s = time.monotonic() + drain_s
-        logger.info("Draining: not ready any more; requests in flight may take %.0f s to finish", drain_s)
+        if loading.done():
+            logger.info("Draining: not ready any more; requests in flight may take %.0f s to finish", drain_s)
+        else:
+            logger.info("Stopping before every model is loaded")
         loading.cancel()
         self._general.plane.begin_drain()
         await asyncio.gather(self._general.stop(drain_s), self._llms.drain(drain_s))

@@ -127,3 +127,14 @@ def test_a_backend_of_a_package_is_unloaded_with_the_server(served: tuple[Any, P
     server, folder = served
     assert server.stop() == 0
     assert (folder / "models" / "cube" / "1" / "unloaded").exists()
+
+
+def test_who_is_interrupted_while_it_loads_says_so_in_a_line(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    code = "import os, signal\n\nos.kill(os.getppid(), signal.SIGINT)\nsignal.pause()\n"
+    write_model(tmp_path / "endless", "python", "model.py", code)
+    server = start_server("--model-repository", str(tmp_path))
+    assert server.process.wait(60) == 0
+    server.join()
+    assert "Stopping before every model is loaded" in server.output
+    assert "Draining" not in server.output
+    assert "Traceback" not in server.output
