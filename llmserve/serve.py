@@ -183,8 +183,10 @@ class _Server:
         gc.collect()
         gc.freeze()  # what stays for good is not gone through again while streams wait
         scheme = "https" if self._config.door.tls_certificate else "http"
+        plane = self._general.plane
+        failed = [] if plane.server_ready() else sorted(plane.unready_reasons())
         self._display.ready(
-            f"{scheme}://{host}:{port}", general.result(), v1, only_v2, time.monotonic() - self._started
+            f"{scheme}://{host}:{port}", general.result(), v1, only_v2, failed, time.monotonic() - self._started
         )
 
     def _http_server(self, on_signal: Callable[[], object]) -> _HttpServer:
