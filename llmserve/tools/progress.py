@@ -58,7 +58,7 @@ class StartupDisplay:
     ) -> None:
         """The line people wait for. `grpc` is the address of gRPC, if there is any; `only_v2` are models that `/v1`
         does not serve; `failed` are those whose failure keeps the server from being ready."""
-        served = (", ".join(names) or "no model yet") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
+        served = (", ".join(names) or "no model") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
         also = f" gRPC: {grpc}." if grpc else ""
         said = f"[bold green]Ready[/] in {seconds:.1f} s"
         if failed:
