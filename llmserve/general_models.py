@@ -56,10 +56,8 @@ class GeneralModels:
 
     async def start(self, http_port: int, progress_of: ProgressOf) -> str | None:
         """Loads the repository and opens the gRPC port. Returns its address, None if there is to be no gRPC."""
-        if self._server.grpc:
-            port = self._server.grpc_port
-            if port is None:
-                port = http_port + 1 if self._server.port else 0
+        port = grpc_port(self._server, http_port)
+        if port is not None:
             self._grpc = GrpcServer(
                 self.plane,
                 self._server.host,
@@ -94,6 +92,15 @@ class GeneralModels:
             return PoolingModel(name, version, version_path, model_path, config, settings)
         inline = not self._inline.isdisjoint((name, "*"))
         return GeneralModel(name, version, version_path, model_path, config, settings, inline)
+
+
+def grpc_port(server: ServerConfig, http_port: int) -> int | None:
+    """The port that gRPC is to have: 0 is any, None is no gRPC."""
+    if not server.grpc:
+        return None
+    if server.grpc_port is not None:
+        return server.grpc_port
+    return http_port + 1 if server.port else 0
 
 
 def _repository_settings(config: RepositoryConfig, server: ServerConfig) -> RepositorySettings:

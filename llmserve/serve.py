@@ -31,7 +31,7 @@ from llmserve.backends.llm import LLM
 from llmserve.config import ModelConfigEntry, ServeConfig
 from llmserve.engine.processes import STANDBY_COMMAND, EngineProcesses
 from llmserve.errors import ConfigError, ModelLoadError
-from llmserve.general_models import GeneralModels
+from llmserve.general_models import GeneralModels, grpc_port
 from llmserve.metrics import Metrics
 from llmserve.pooling_config import is_pooling_folder
 from llmserve.repository.embedded import DEFAULT_EMBEDDING, DEFAULT_LLM
@@ -56,6 +56,8 @@ def serve(config: ServeConfig) -> int:
     _check_devices(config)
     listener = _listen(config.server.host, config.server.port)
     with listener:
+        if port := grpc_port(config.server, listener.getsockname()[1]):
+            _listen(config.server.host, port, "--grpc-port").close()  # gRPC binds it itself, when models load
         return uvloop.run(_Server(config, listener, display).run())
 
 
@@ -123,7 +125,10 @@ class _Server:
         """Takes nothing new, and ends HTTP once all that is in flight has been answered. Until then it says so."""
         drain_s = self._config.server.drain_timeout_s
         end_s = time.monotonic() + drain_s
-        logger.info("Draining: not ready any more; requests in flight may take %.0f s to finish", drain_s)
+        if loading.done():
+            logger.info("Draining: not ready any more; requests in flight may take %.0f s to finish", drain_s)
+        else:
+            logger.info("Stopping before every model is loaded")
         loading.cancel()
         self._general.plane.begin_drain()
         await asyncio.gather(self._general.stop(drain_s), self._llms.drain(drain_s))
@@ -180,8 +185,10 @@ class _Server:
         gc.collect()
         gc.freeze()  # what stays for good is not gone through again while streams wait
         scheme = "https" if self._config.door.tls_certificate else "http"
+        plane = self._general.plane
+        failed = [] if plane.server_ready() else sorted(plane.unready_reasons())
         self._display.ready(
-            f"{scheme}://{host}:{port}", general.result(), v1, only_v2, time.monotonic() - self._started
+            f"{scheme}://{host}:{port}", general.result(), v1, only_v2, failed, time.monotonic() - self._started
         )
 
     def _http_server(self, on_signal: Callable[[], object]) -> _HttpServer:
@@ -253,10 +260,11 @@ def _stop_if_failed(loading: asyncio.Task[None], http: uvicorn.Server) -> None:
         http.should_exit = True
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, flag: str = "--port") -> socket.socket:
     """Binds before anything is loaded: a taken port is said in the first second."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another host or port.") from error
+    except (OSError, OverflowError) as error:  # the port after 65535 is none
+        reason = error.strerror if isinstance(error, OSError) else "a port is at most 65535"
+        raise ConfigError(f"Cannot listen on {host}:{port}: {reason}. Choose another --host or {flag}.") from error

@@ -76,7 +76,7 @@ def create_routes(
     pooling: PoolingDirectory | None = None,
 ) -> FastAPI:
     """Every route but those of `/v2`, unguarded, and the OpenAPI document of all."""
-    app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="llmserve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     pooling = pooling or NoPoolingModels()
     context = ApiContext(
         models=models,

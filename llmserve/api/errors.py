@@ -97,7 +97,8 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         path = request.url.path
         known = {getattr(route, "path", "") for route in app.routes}
-        meant = f"Did you mean /v1{path}?" if f"/v1{path}" in known else "GET / lists what there is."
+        near = [other for other in (f"/v1{path}", path.rstrip("/"), f"/v1{path.rstrip('/')}") if other in known]
+        meant = f"Did you mean {near[0]}?" if near else "GET / lists what there is."
         messages = {
             404: f"There is no {path} here. {meant}",
             405: f"{path} does not answer {request.method}.",

@@ -114,7 +114,7 @@ def run_engine(build: BuildCore) -> int:
     launch = msgspec.json.decode(told, type=EngineLaunch)
     _name_process()
     logging.basicConfig(level=launch.log_level.upper(), format="%(asctime)s %(levelname)s [engine] %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server says when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever sends it to all: the server says when to stop
     context = zmq.Context()
     inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)
     outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)

@@ -62,7 +62,11 @@ async def start_process(command: Sequence[str]) -> EngineProcess:
         recorder = FlightRecorder(recorder_fd)
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.PIPE, pass_fds=(recorder_fd,), env=PASSIVE_WAITING | os.environ
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(recorder_fd,),
+                start_new_session=True,  # Ctrl-C does not reach it: the server says when to end
+                env=PASSIVE_WAITING | os.environ,
             )
         except BaseException:
             recorder.close()

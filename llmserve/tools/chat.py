@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import ssl
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from llmserve.errors import LLMServeError
 from llmserve.tools.answer_timing import AnswerTiming
-from llmserve.tools.http_client import ClientError
+from llmserve.tools.http_client import ClientError, explain_error
 from llmserve.tools.openai_client import (
     DEFAULT_URL,
     OpenAIClient,
@@ -59,20 +58,14 @@ def run(args: argparse.Namespace) -> int:
                 return _one_shot(chat, runner, sys.stdin.read() if args.message is None else args.message)
             return Terminal(chat, runner).loop()
         except ClientError as error:
-            stderr.print(_explain(error, args.url), style="red", markup=False, highlight=False, soft_wrap=True)
+            stderr.print(
+                explain_error(error, "chat", args.url), style="red", markup=False, highlight=False, soft_wrap=True
+            )
         except KeyboardInterrupt:
             return 130
         finally:
             client.close()
     return 1
-
-
-def _explain(error: ClientError, url: str) -> str:
-    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-        return f"{error}\nTo trust a certificate of your own: SSL_CERT_FILE=tls.crt llmserve chat --url {url}"
-    if error.kind == "connect":
-        return f"No server answers at {url} ({error})\nStart one with `llmserve serve`, or say where it is with --url."
-    return f"llmserve chat: {error}"
 
 
 class Chat:

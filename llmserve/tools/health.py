@@ -15,7 +15,7 @@ import msgspec
 from llmserve.config import ServeConfig
 from llmserve.errors import ConfigError
 from llmserve.settings import add_setting_flags, load_serve_config
-from llmserve.tools.http_client import ClientError, HttpClient
+from llmserve.tools.http_client import ClientError, HttpClient, explain_error
 
 _LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     url = local_url(load_serve_config(vars(args)))
     problem = asyncio.run(_problem(url, "/ready" if args.ready else "/health", args.timeout_s))
     if problem:
-        print(f"llmserve: {problem}", file=sys.stderr)
+        print(problem, file=sys.stderr)
     return 1 if problem else 0
 
 
@@ -60,10 +60,10 @@ async def _problem(url: str, path: str, timeout_s: float) -> str:
         try:
             status, body = await asyncio.wait_for(client.fetch("GET", path), timeout_s)
         except TimeoutError:
-            return f"{url}{path} has not answered within {timeout_s:g} s."
+            return f"llmserve health: {url}{path} has not answered within {timeout_s:g} s."
         except ClientError as error:
-            return error.message
-    return "" if status == 200 else f"{url}{path} says {status}: {_reason(body)}"
+            return explain_error(error, "health", url, "--host and --port")
+    return "" if status == 200 else f"llmserve health: {url}{path} says {status}: {_reason(body)}"
 
 
 def _reason(body: bytes) -> str:

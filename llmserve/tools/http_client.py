@@ -34,6 +34,15 @@ class ClientError(LLMServeError):
         self.kind = kind
 
 
+def explain_error(error: ClientError, command: str, url: str, flag: str = "--url") -> str:
+    """What `llmserve <command>`, which asked at `url` as `flag` says, tells its user: what is wrong and what to do."""
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return f"{error}\nTo trust a certificate of your own: SSL_CERT_FILE=tls.crt llmserve {command} --url {url}"
+    if error.kind == "connect":
+        return f"No server answers at {url} ({error})\nStart one with `llmserve serve`, or say where it is with {flag}."
+    return f"llmserve {command}: {error}"
+
+
 class Piece(NamedTuple):
     """A part of a body and when it arrived, in seconds of the client's clock."""
 
@@ -91,8 +100,9 @@ class Connection(asyncio.Protocol):
         self.received_any = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._failure = ClientError("protocol", f"The server's answer is not HTTP/1.1: {error}")
+        except httptools.HttpParserError:
+            reason = "What answers there does not speak HTTP/1.1; perhaps it is the port of gRPC."
+            self._failure = ClientError("protocol", reason)
             self.close()
         self._wake()
 

@@ -53,15 +53,18 @@ class StartupDisplay:
         with _progress(self._console) as progress:
             yield LoadingDisplay(progress)
 
-    def ready(self, url: str, grpc: str | None, names: list[str], only_v2: list[str], seconds: float) -> None:
+    def ready(
+        self, url: str, grpc: str | None, names: list[str], only_v2: list[str], failed: list[str], seconds: float
+    ) -> None:
         """The line people wait for. `grpc` is the address of gRPC, if there is any; `only_v2` are models that `/v1`
-        does not serve."""
-        served = (", ".join(names) or "no model yet") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
+        does not serve; `failed` are those whose failure keeps the server from being ready."""
+        served = (", ".join(names) or "no model") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
         also = f" gRPC: {grpc}." if grpc else ""
-        self._console.print(
-            f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}.{also} Docs: {url}/docs",
-            soft_wrap=True,
-        )
+        said = f"[bold green]Ready[/] in {seconds:.1f} s"
+        if failed:
+            reason = f"{', '.join(failed)} could not be loaded (see above; --no-strict-readiness: ready without)"
+            said = f"[bold yellow]Serving[/] in {seconds:.1f} s, but not ready, as {reason}"
+        self._console.print(f"{said}: {url}/v1 serves {served}.{also} Docs: {url}/docs", soft_wrap=True)
 
 
 def plan_table(name: str, plan: MemoryPlan) -> Table:

@@ -288,6 +288,8 @@ def test_body_over_the_limit_without_a_length_is_stopped_on_the_way(served):
 def test_unknown_route_and_wrong_method(http):
     assert "/v1/nothing" in assert_error(http.get("/v1/nothing"), 404, None, "not_found")
     assert "Did you mean /v1/chat/completions?" in assert_error(http.post("/chat/completions"), 404, None, "not_found")
+    for path in ("/v1/chat/completions/", "/chat/completions/"):  # not a redirect, which many clients do not follow
+        assert "Did you mean /v1/chat/completions?" in assert_error(http.post(path), 404, None, "not_found")
     response = http.get("/v1/chat/completions")
     assert "GET" in assert_error(response, 405, None, "method_not_allowed")
     assert response.headers["allow"] == "POST"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import trustme
 
@@ -68,7 +70,21 @@ def test_nobody_is_there(silent_port: int, capsys: pytest.CaptureFixture[str]) -
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closed = listener.getsockname()[1]
     assert main(["health", "--port", str(closed)]) == 1
-    assert "No connection to 127.0.0.1" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"No server answers at http://127.0.0.1:{closed} (No connection to " in told
+    assert "say where it is with --host and --port" in told
+
+
+def test_the_grpc_port_is_no_place_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert main(["health", "--port", str(port)]) == 1
+    finally:
+        server.stop(0)
+    told = "llmserve health: What answers there does not speak HTTP/1.1; perhaps it is the port of gRPC.\n"
+    assert capsys.readouterr().err == told
 
 
 def test_what_cannot_be_asked(capsys: pytest.CaptureFixture[str]) -> None:

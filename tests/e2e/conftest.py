@@ -45,7 +45,7 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.output += line
-            if match := re.search(r"Ready in .*: (https?://\S+)/v1", line):
+            if match := re.search(r"(?:Ready|Serving) in .*: (https?://\S+)/v1", line):
                 self.url = match[1]
                 self._ready.set()
         self._ready.set()  # it ended without

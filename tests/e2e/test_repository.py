@@ -109,6 +109,15 @@ def test_all_stand_in_one_index_and_answer(served: tuple[Any, Path]) -> None:
     assert httpx.get(f"{server.url}/v2/models/encoder").json()["name"] == "encoder"
 
 
+def test_a_model_that_cannot_be_loaded_is_named_in_the_line_that_says_the_server_serves(
+    served: tuple[Any, Path],
+) -> None:
+    server, _ = served
+    assert httpx.get(f"{server.url}/ready").status_code == 503
+    assert "Ready in" not in server.output
+    assert re.search(r"Serving in \S+ s, but not ready, as nothing could not be loaded \(.*--no-strict-", server.output)
+
+
 def test_who_asks_at_the_wrong_door_is_shown_the_right_one(served: tuple[Any, Path]) -> None:
     server, _ = served
     asked: Any = [{"role": "user", "content": "hi"}]
@@ -127,3 +136,14 @@ def test_a_backend_of_a_package_is_unloaded_with_the_server(served: tuple[Any, P
     server, folder = served
     assert server.stop() == 0
     assert (folder / "models" / "cube" / "1" / "unloaded").exists()
+
+
+def test_who_is_interrupted_while_it_loads_says_so_in_a_line(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    code = "import os, signal\n\nos.kill(os.getppid(), signal.SIGINT)\nsignal.pause()\n"
+    write_model(tmp_path / "endless", "python", "model.py", code)
+    server = start_server("--model-repository", str(tmp_path))
+    assert server.process.wait(60) == 0
+    server.join()
+    assert "Stopping before every model is loaded" in server.output
+    assert "Draining" not in server.output
+    assert "Traceback" not in server.output

@@ -47,6 +47,17 @@ def test_threads_of_an_engine_wait_asleep_unless_the_operator_wants_otherwise(
     assert asyncio.run(scenario()) == 0
 
 
+def test_ctrl_c_in_the_terminal_reaches_no_engine_from_its_first_moment() -> None:
+    async def scenario() -> int:
+        code = "import os, sys; sys.exit(os.getpgid(0) != os.getpid())"
+        engine = await EngineProcesses((sys.executable, "-c", code)).take()
+        status = await engine.process.wait()
+        await engine.end()
+        return status
+
+    assert asyncio.run(scenario()) == 0
+
+
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> None:
     """What is opened once for all engines is opened before descriptors are counted."""

@@ -152,7 +152,9 @@ def test_some_failures_are_not_a_failure_of_the_run(fake_server: Any, capsys: py
 
 def test_no_server_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--url", "http://127.0.0.1:9/v1") == 1
-    assert "No connection to 127.0.0.1:9" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "No server answers at http://127.0.0.1:9" in told
+    assert "Start one with `llmserve serve`, or say where it is with --url." in told
 
 
 def test_plot_without_matplotlib_says_what_to_install(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_what_needs_no_model_to_be_refused_is_refused_before_one_is_fetched(
     monkeypatch.setattr("llmserve.serve._has_gpu_driver", lambda: False)
     assert main(["serve", "no-such-model", "--port", "0", *flags]) == 1
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--port", "--grpc-port"])
+def test_a_taken_port_is_said_before_a_model_is_fetched(flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "no-such-model", "--port", "0", flag, port]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"llmserve: Cannot listen on 127.0.0.1:{port}: ")
+    assert line.endswith(f"Choose another --host or {flag}.")
 
 
 def test_every_model_is_looked_at_before_the_first_is_loaded(

@@ -31,7 +31,7 @@ from llmserve.tools.bench.record import RequestRecord
 from llmserve.tools.bench.report import Run, as_json, print_run, print_sweep
 from llmserve.tools.bench.summary import parse_slo, summarize
 from llmserve.tools.bench.workload import LENGTH_FORMS, PlannedRequest, arrival_times, parse_lengths
-from llmserve.tools.http_client import ClientError
+from llmserve.tools.http_client import ClientError, explain_error
 from llmserve.tools.openai_client import (
     DEFAULT_URL,
     OpenAIClient,
@@ -97,9 +97,10 @@ def run(args: argparse.Namespace) -> int:
             print_sweep(console, runs)
         benchmark.save(runs)
     except (LLMServeError, OSError) as error:
-        Console(stderr=True).print(
-            f"llmserve bench: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        text = f"llmserve bench: {error}"
+        if isinstance(error, ClientError):
+            text = explain_error(error, "bench", args.url)
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:  # before the first load, or the second Ctrl-C
         return INTERRUPTED
