@@ -42,4 +42,4 @@ def test_all_or_those_named_are_run_and_failures_counted(ran: list[str]) -> None
 def test_a_benchmark_without_psutil_says_what_to_install() -> None:
     code = "import sys; sys.modules['psutil'] = None; import benchmarks.bench_server"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "This benchmark needs psutil. Run: pip install 'llmserve[test]'\n")
+    assert (done.returncode, done.stderr) == (1, "This benchmark needs psutil. Run: make install-dev\n")
