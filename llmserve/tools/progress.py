@@ -53,13 +53,16 @@ class StartupDisplay:
         with _progress(self._console) as progress:
             yield LoadingDisplay(progress)
 
-    def ready(self, url: str, grpc: str | None, names: list[str], only_v2: list[str], seconds: float) -> None:
+    def ready(
+        self, url: str, grpc: str | None, names: list[str], only_v2: list[str], seconds: float, has_docs: bool
+    ) -> None:
         """The line people wait for. `grpc` is the address of gRPC, if there is any; `only_v2` are models that `/v1`
-        does not serve."""
+        does not serve; `has_docs`: whether a browser may read `/docs`."""
         served = (", ".join(names) or "no model yet") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
         also = f" gRPC: {grpc}." if grpc else ""
+        docs = f" Docs: {url}/docs" if has_docs else ""
         self._console.print(
-            f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}.{also} Docs: {url}/docs",
+            f"[bold green]Ready[/] in {seconds:.1f} s: {url}/v1 serves {served}.{also}{docs}",
             soft_wrap=True,
         )
 
