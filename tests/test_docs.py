@@ -15,7 +15,7 @@ from llmserve.config import EngineConfig, RepositoryConfig, ServerConfig, settin
 ROOT = Path(__file__).parents[1]
 SECTIONS = (ServerConfig, EngineConfig, RepositoryConfig)
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
-GUIDES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/operating.md"))
+GUIDES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/operating.md", "docs/models.md"))
 
 
 def blocks(language: str) -> list[str]:
