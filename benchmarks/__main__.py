@@ -26,15 +26,20 @@ MODULES = (
     "bench_embedding_server",  # embeddings, beside sentence-transformers
     "bench_embeddings_beside_llm",  # what they cost a chat stream
 )
+# Not in a run of all: each takes long, needs another server or a GPU, or breaks the one it measures.
+APART = ("peers", "triton", "chaos", "fuzz", "gpu")
+APART += ("bench_quality", "bench_recovery", "bench_reload", "bench_step_profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The number of benchmarks that failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; by default all of them: {', '.join(MODULES)}")
+    apart = f"Run by themselves, python -m benchmarks.NAME: {', '.join(APART)}."
+    parser.epilog = apart
     names = parser.parse_args(argv).names
     if unknown := sorted(set(names) - set(MODULES)):
-        parser.error(f"there is no benchmark {unknown[0]!r} here. Choose of {', '.join(MODULES)}.")
+        parser.error(f"there is no benchmark {unknown[0]!r} here. Choose of {', '.join(MODULES)}. {apart}")
     failed = 0
     for module in names or MODULES:
         print(f"\n== {module}", flush=True)

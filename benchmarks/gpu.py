@@ -41,7 +41,7 @@ def missing() -> str:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU: nothing was run. `make test` shows what can be shown without."
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'llmserve[gpu]'."
+        return "Triton is not installed: pip install triton"
     return ""
 
 

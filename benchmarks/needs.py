@@ -7,6 +7,6 @@ import sys
 try:
     import psutil
 except ImportError:
-    sys.exit("This benchmark needs psutil. Run: pip install 'llmserve[test]'")
+    sys.exit("This benchmark needs psutil. Run: make install-dev")
 
 __all__ = ["psutil"]

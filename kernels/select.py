@@ -38,7 +38,7 @@ def select_ops(device: torch.device, dtype: torch.dtype, head_dim: int, num_thre
 
 def _select_gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
     if importlib.util.find_spec("triton") is None:
-        logger.warning("Triton is not installed: plain torch runs, much slower. Run: pip install 'llmserve[gpu]'.")
+        logger.warning("Triton is not installed: plain torch runs, much slower. Run: pip install triton")
         return ReferenceOps()
     from llmserve.kernels.triton import kv_cache, ops  # only here: the rest of llmserve does without Triton
 

@@ -34,9 +34,9 @@ class ModelNotFoundError(LLMServeError):
 
     code = "model_not_found"
 
-    def __init__(self, model: str, known: list[str]) -> None:
+    def __init__(self, model: str, known: list[str], advice: str = "") -> None:
         listed = ", ".join(repr(name) for name in known) or "none"
-        super().__init__(f"The model {model!r} is not served here. Served models: {listed}.")
+        super().__init__(f"The model {model!r} is not served here. Served models: {listed}. {advice}".rstrip())
         self.model = model
 
 

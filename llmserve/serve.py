@@ -39,7 +39,8 @@ from llmserve.repository.language_models import LanguageModels
 from llmserve.repository.served_models import ServedModels, open_llm
 from llmserve.repository.sources import ModelSource, resolve_model
 from llmserve.threads import start_executor
-from llmserve.tools.progress import StartupDisplay
+from llmserve.tools.health import local_url
+from llmserve.tools.progress import Served, StartupDisplay
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class _Server:
         return open_llm(source, entry, self._config.server, self._metrics, self._processes, version)
 
     async def _load(self) -> None:
-        host, port = self._listener.getsockname()[:2]
+        port = self._listener.getsockname()[1]
         with self._display.loading() as display:
 
             async def start(llm: LLM) -> None:
@@ -184,12 +185,16 @@ class _Server:
         only_v2 = [name for name in self._general.names if name not in v1]
         gc.collect()
         gc.freeze()  # what stays for good is not gone through again while streams wait
-        scheme = "https" if self._config.door.tls_certificate else "http"
         plane = self._general.plane
-        failed = [] if plane.server_ready() else sorted(plane.unready_reasons())
-        self._display.ready(
-            f"{scheme}://{host}:{port}", general.result(), v1, only_v2, failed, time.monotonic() - self._started
+        served = Served(
+            url=local_url(self._config, port),
+            grpc=general.result(),
+            names=v1,
+            only_v2=only_v2,
+            failed=[] if plane.server_ready() else sorted(plane.unready_reasons()),
+            has_docs=not self._config.door.api_keys,  # a browser sends no key
         )
+        self._display.ready(served, time.monotonic() - self._started)
 
     def _http_server(self, on_signal: Callable[[], object]) -> _HttpServer:
         general = self._general

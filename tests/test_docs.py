@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from llmserve import cli
-from llmserve.config import EngineConfig, ServerConfig, setting_names
+from llmserve.config import EngineConfig, RepositoryConfig, ServerConfig, setting_names
 
 ROOT = Path(__file__).parents[1]
+SECTIONS = (ServerConfig, EngineConfig, RepositoryConfig)
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
-GUIDES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/operating.md"))
+GUIDES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/operating.md", "docs/models.md"))
 
 
 def blocks(language: str) -> list[str]:
@@ -63,7 +64,7 @@ def test_toml_examples_hold_known_settings() -> None:
         engine = {"model", "served_model_name", *setting_names(EngineConfig)}
         for table in values.pop("models", []):
             assert table.keys() <= engine
-        assert values.keys() <= {*setting_names(ServerConfig), *setting_names(EngineConfig)}
+        assert values.keys() <= {name for section in SECTIONS for name in setting_names(section)}
 
 
 def test_nothing_is_left_to_fill_in() -> None:

@@ -17,11 +17,11 @@ from llmserve.backends.pooling_model import PoolingModel
 from llmserve.backends.pooling_tokenizer import PoolingInput
 from llmserve.errors import InvalidRequestError, ModelNotFoundError
 from llmserve.pooling_config import Kind, PoolingConfig
+from llmserve.repository.embedded import DEFAULT_EMBEDDING
 
 T = TypeVar("T")
 
 WORDS: dict[Kind, str] = {"embed": "an embedding model", "score": "a reranker", "classify": "a classifier"}
-_HOW = "Start the server with --embedding-model <folder or name>."
 ANY: tuple[Kind, ...] = ("embed", "score", "classify")
 
 # The prompts of sentence-transformers' encode_query and encode_document, in the order in which it looks for them.
@@ -53,7 +53,7 @@ def _choose(context: ApiContext, name: str | None, kinds: Sequence[Kind]) -> str
                 return found[0]
             if found:
                 raise InvalidRequestError(f"'model' is required where several serve: {_listed(found)}.", "model")
-        raise InvalidRequestError(f"This needs {wanted}, and none is served. {_HOW}", "model")
+        raise InvalidRequestError(f"This needs {wanted}, and none is served. {_how(kinds)}", "model")
     if name in pooling.names:
         if (kind := pooling.kind(name)) not in kinds:
             raise InvalidRequestError(
@@ -64,12 +64,18 @@ def _choose(context: ApiContext, name: str | None, kinds: Sequence[Kind]) -> str
         raise InvalidRequestError(
             f"The model {name!r} is a chat model; this needs {wanted}. {_those(pooling, kinds)}", "model"
         )
-    raise ModelNotFoundError(name, [*context.models.names, *pooling.names])
+    has_kind = any(pooling.kind(known) in kinds for known in pooling.names)
+    raise ModelNotFoundError(name, [*context.models.names, *pooling.names], "" if has_kind else _how(kinds))
 
 
 def _those(pooling: PoolingDirectory, kinds: Sequence[Kind]) -> str:
     found = [known for known in pooling.names if pooling.kind(known) in kinds]
-    return f"Served here: {_listed(found)}." if found else _HOW
+    return f"Served here: {_listed(found)}." if found else _how(kinds)
+
+
+def _how(kinds: Sequence[Kind]) -> str:
+    names = f"{DEFAULT_EMBEDDING}, or a folder or another name" if "embed" in kinds else "<folder or name>"
+    return f"Start the server with --embedding-model {names}."
 
 
 def _listed(names: Sequence[str]) -> str:

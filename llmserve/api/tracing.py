@@ -115,7 +115,8 @@ def open_tracer() -> Tracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigError(f"--otel needs OpenTelemetry: {error}. Run: pip install 'llmserve[otel]'") from error
+        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        raise ConfigError(f"--otel needs OpenTelemetry: {error}. Run: pip install {packages}") from error
     provider = TracerProvider(resource=Resource.create({"service.name": "llmserve"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracer(provider)

@@ -15,7 +15,8 @@ from llmserve.errors import ConfigError, ModelLoadError
 from llmserve.repository.model_folder import Fingerprint, fingerprint
 
 # Where each protocol's driver comes from, for the message when it is missing.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_DRIVERS = dict.fromkeys(("s3", "s3a"), "s3fs") | dict.fromkeys(("gs", "gcs"), "gcsfs")
+_DRIVERS |= dict.fromkeys(("abfs", "abfss", "az"), "adlfs")
 
 
 class LocalRepository:
@@ -54,7 +55,7 @@ class RemoteRepository:
         try:
             filesystem, path = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            advice = f"Install its driver: pip install 'llmserve[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+            advice = f"Install its driver: pip install {_DRIVERS[protocol]}" if protocol in _DRIVERS else ""
             raise ConfigError(f"The model repository {url} cannot be opened: {error}. {advice}".rstrip()) from error
         self._filesystem: Any = filesystem
         self._path = str(path).rstrip("/")

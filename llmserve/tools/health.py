@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problem else 0
 
 
-def local_url(config: ServeConfig) -> str:
-    """Where a server of this configuration answers on its own machine. Raises ConfigError."""
-    host, port = config.server.host, config.server.port
+def local_url(config: ServeConfig, taken_port: int = 0) -> str:
+    """Where a server of this configuration answers on its own machine; `taken_port` is what `--port 0` came to.
+    Raises ConfigError."""
+    host, port = config.server.host, config.server.port or taken_port
     if not port:
         raise ConfigError("With --port 0 the server's port is not known: give the one it has taken.")
     host = _LOOPBACK.get(host) or (f"[{host}]" if ":" in host else host)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -35,6 +36,18 @@ class LoadingDisplay:
         return lambda message: report(message.stage, message.done, message.total)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a server that has started serves, and where."""
+
+    url: str
+    grpc: str | None = None  # the address of gRPC, if there is any
+    names: Sequence[str] = ()
+    only_v2: Sequence[str] = ()  # models that `/v1` does not serve
+    failed: Sequence[str] = ()  # models whose failure keeps the server from being ready
+    has_docs: bool = True  # whether a browser may read `/docs`
+
+
 class StartupDisplay:
     """Writes to one console. Where that is no terminal, the bars are left out and the lines stay."""
 
@@ -53,18 +66,18 @@ class StartupDisplay:
         with _progress(self._console) as progress:
             yield LoadingDisplay(progress)
 
-    def ready(
-        self, url: str, grpc: str | None, names: list[str], only_v2: list[str], failed: list[str], seconds: float
-    ) -> None:
-        """The line people wait for. `grpc` is the address of gRPC, if there is any; `only_v2` are models that `/v1`
-        does not serve; `failed` are those whose failure keeps the server from being ready."""
-        served = (", ".join(names) or "no model") + (f"; /v2 also {', '.join(only_v2)}" if only_v2 else "")
-        also = f" gRPC: {grpc}." if grpc else ""
+    def ready(self, served: Served, seconds: float) -> None:
+        """The line people wait for."""
+        names = (", ".join(served.names) or "no model") + (
+            f"; /v2 also {', '.join(served.only_v2)}" if served.only_v2 else ""
+        )
+        also = f" gRPC: {served.grpc}." if served.grpc else ""
+        docs = f" Docs: {served.url}/docs" if served.has_docs else ""
         said = f"[bold green]Ready[/] in {seconds:.1f} s"
-        if failed:
-            reason = f"{', '.join(failed)} could not be loaded (see above; --no-strict-readiness: ready without)"
+        if served.failed:
+            reason = f"{', '.join(served.failed)} could not be loaded (see above; --no-strict-readiness: ready without)"
             said = f"[bold yellow]Serving[/] in {seconds:.1f} s, but not ready, as {reason}"
-        self._console.print(f"{said}: {url}/v1 serves {served}.{also} Docs: {url}/docs", soft_wrap=True)
+        self._console.print(f"{said}: {served.url}/v1 serves {names}.{also}{docs}", soft_wrap=True)
 
 
 def plan_table(name: str, plan: MemoryPlan) -> Table:

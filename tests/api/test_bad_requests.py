@@ -293,3 +293,12 @@ def test_unknown_route_and_wrong_method(http):
     response = http.get("/v1/chat/completions")
     assert "GET" in assert_error(response, 405, None, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(("model", "status"), [({}, 400), ({"model": "scripted"}, 400), ({"model": "minilm"}, 404)])
+def test_a_server_without_an_embedding_model_says_how_to_get_one(
+    http: httpx.Client, model: dict[str, str], status: int
+) -> None:
+    answer = http.post("/v1/embeddings", json={"input": "x"} | model)
+    assert answer.status_code == status
+    assert "Start the server with --embedding-model all-minilm-l6-v2, or a folder" in answer.json()["error"]["message"]

@@ -107,3 +107,7 @@ def test_what_cannot_be_asked(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_server_is_asked_where_it_listens(host: str, url: str) -> None:
     assert local_url(ServeConfig(server=ServerConfig(host=host, port=80))) == url
+
+
+def test_the_port_that_was_taken_stands_in_for_any() -> None:
+    assert local_url(ServeConfig(server=ServerConfig(host="::", port=0)), 81) == "http://[::1]:81"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from benchmarks.__main__ import MODULES, main
+from benchmarks.__main__ import APART, MODULES, main
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ def test_nothing_runs_that_was_not_asked_for(ran: list[str], flag: str, status: 
     assert ran == []
 
 
+@pytest.mark.parametrize("flag", ["--help", "bench_nothing"])
+def test_those_run_by_themselves_are_named(ran: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([flag])
+    said = "".join(capsys.readouterr()).replace("\n", " ")
+    assert "python -m benchmarks.NAME: peers, triton, chaos" in said
+    for name in APART:
+        assert importlib.util.find_spec(f"benchmarks.{name}") is not None
+
+
 def test_all_or_those_named_are_run_and_failures_counted(ran: list[str]) -> None:
     assert main(["bench_decode", "bench_server", "bench_general"]) == 1
     assert ran == ["bench_decode", "bench_server", "bench_general"]
@@ -42,4 +53,4 @@ def test_all_or_those_named_are_run_and_failures_counted(ran: list[str]) -> None
 def test_a_benchmark_without_psutil_says_what_to_install() -> None:
     code = "import sys; sys.modules['psutil'] = None; import benchmarks.bench_server"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "This benchmark needs psutil. Run: pip install 'llmserve[test]'\n")
+    assert (done.returncode, done.stderr) == (1, "This benchmark needs psutil. Run: make install-dev\n")

@@ -19,7 +19,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'llmserve[plot]' (or leave --plot out).") from None
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib (or leave --plot out).") from None
 
 
 def save_plot(path: Path, runs: list[Run], title: str) -> None:
