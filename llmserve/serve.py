@@ -38,6 +38,7 @@ from llmserve.repository.embedded import DEFAULT_EMBEDDING, DEFAULT_LLM
 from llmserve.repository.language_models import LanguageModels
 from llmserve.repository.served_models import ServedModels, open_llm
 from llmserve.repository.sources import ModelSource, resolve_model
+from llmserve.temporary_folder import temporary_folder
 from llmserve.threads import start_executor
 from llmserve.tools.health import local_url
 from llmserve.tools.progress import Served, StartupDisplay
@@ -59,7 +60,8 @@ def serve(config: ServeConfig) -> int:
     with listener:
         if port := grpc_port(config.server, listener.getsockname()[1]):
             _listen(config.server.host, port, "--grpc-port").close()  # gRPC binds it itself, when models load
-        return uvloop.run(_Server(config, listener, display).run())
+        with temporary_folder():
+            return uvloop.run(_Server(config, listener, display).run())
 
 
 class _Server:

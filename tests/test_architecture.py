@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
         1,
         (
             *("messages", "errors", "json_fields", "histogram", "http_metrics", "metrics", "general_metrics"),
-            *("inference", "pooling_metrics", "request_context", "rate_limit", "threads"),
+            *("inference", "pooling_metrics", "request_context", "rate_limit", "threads", "temporary_folder"),
         ),
     ),
     (1, ("kv_cache",)),

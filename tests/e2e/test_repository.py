@@ -69,6 +69,7 @@ def write_llama(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def served(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("repository")
+    (folder / "temporary").mkdir()
     write_package(folder / "packages")
     write_model(folder / "models" / "double", "python", "model.py", MODEL)
     write_model(folder / "models" / "cube", "power", "exponent.txt", "3")
@@ -77,6 +78,7 @@ def served(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     write_llama(folder / "models" / "talker")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(folder / "packages"), os.environ.get("PYTHONPATH", ""))))
+        patch.setenv("TMPDIR", str(folder / "temporary"))
         server = start_server("--model-repository", str(folder / "models"), "--kv-cache-memory", "64MiB")
     assert server.url, server.output
     return server, folder
@@ -134,7 +136,10 @@ def test_who_asks_at_the_wrong_door_is_shown_the_right_one(served: tuple[Any, Pa
 
 def test_a_backend_of_a_package_is_unloaded_with_the_server(served: tuple[Any, Path]) -> None:
     server, folder = served
+    (temporary,) = folder.glob("temporary/llmserve-server-*")
+    assert list(temporary.iterdir())  # the sockets of the language model
     assert server.stop() == 0
+    assert not temporary.exists()
     assert (folder / "models" / "cube" / "1" / "unloaded").exists()
 
 
