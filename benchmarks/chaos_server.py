@@ -94,7 +94,7 @@ class Server:
             "descriptors": self.info.num_fds(),
             "threads": self.info.num_threads(),
             "processes": len(self.info.children(recursive=True)),
-            "folders": len(list(self._folder.glob("llmserve-*"))),
+            "folders": len(list(self._folder.rglob("llmserve-*"))),
             "shared memory": sum("memfd" in area.path for area in self.info.memory_maps()),
         }
 
