@@ -106,3 +106,13 @@ def test_ctrl_c_while_the_server_imports_ends_it_without_a_word(tmp_path: Path) 
     command = [sys.executable, "-m", "llmserve.cli", "serve", "no-such-model", "--port", "0"]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_while_models_are_looked_at_ends_the_server(smollm2_path: Path) -> None:
+    code = (
+        "import os, signal, sys; import llmserve.serve; from llmserve.cli import main\n"
+        "llmserve.serve.open_llm = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.exit(main(['serve', {str(smollm2_path)!r}, '--port', '0', '--embedding-model', 'none']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
