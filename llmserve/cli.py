@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -75,8 +76,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
             print(f"llmserve: {told}", file=sys.stderr)
         config = load_serve_config(vars(args))
         _require_server_threads()  # before the imports: libraries start some there already
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries half imported take a KeyboardInterrupt badly
         from llmserve.serve import serve
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return serve(config)
 
     parser.set_defaults(run=run)

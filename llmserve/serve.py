@@ -61,7 +61,10 @@ def serve(config: ServeConfig) -> int:
         if port := grpc_port(config.server, listener.getsockname()[1]):
             _listen(config.server.host, port, "--grpc-port").close()  # gRPC binds it itself, when models load
         with temporary_folder():
-            return uvloop.run(_Server(config, listener, display).run())
+            server = _Server(config, listener, display)
+            # as SIGTERM, until the server takes both: a KeyboardInterrupt out of uvloop's loop may crash the process
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            return uvloop.run(server.run())
 
 
 class _Server:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +98,21 @@ def test_no_key_is_made_that_the_server_would_not_take(
     assert main(["keys", str(path), "me", flag, value]) == 1
     assert "must be a number from" in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_ctrl_c_while_the_server_imports_ends_it_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, "-m", "llmserve.cli", "serve", "no-such-model", "--port", "0"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_while_models_are_looked_at_ends_the_server(smollm2_path: Path) -> None:
+    code = (
+        "import os, signal, sys; import llmserve.serve; from llmserve.cli import main\n"
+        "llmserve.serve.open_llm = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.exit(main(['serve', {str(smollm2_path)!r}, '--port', '0', '--embedding-model', 'none']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
