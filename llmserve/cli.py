@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from llmserve import __version__
 from llmserve.errors import ConfigError, LLMServeError
 from llmserve.settings import add_setting_flags
+from llmserve.suggestions import did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,8 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
     flag = argument.partition("=")[0]
     known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag, known, 1)
-    return f"unknown argument {flag!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+    return f"unknown argument {flag!r}." + did_you_mean(flag, known)
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:

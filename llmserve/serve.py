@@ -8,7 +8,6 @@ within the drain time, then the engines end. A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import signal
@@ -32,6 +31,7 @@ from llmserve.config import ModelConfigEntry, ServeConfig
 from llmserve.engine.processes import STANDBY_COMMAND, EngineProcesses
 from llmserve.errors import ConfigError, ModelLoadError
 from llmserve.general_models import GeneralModels, grpc_port
+from llmserve.gpu_driver import has_gpu_driver
 from llmserve.metrics import Metrics
 from llmserve.pooling_config import is_pooling_folder
 from llmserve.repository.embedded import DEFAULT_EMBEDDING, DEFAULT_LLM
@@ -210,17 +210,8 @@ class _Server:
 def _check_devices(config: ServeConfig) -> None:
     """What an engine would say of a machine without a GPU, before anything is fetched or loaded. Raises ConfigError."""
     engines = (config.engine, *(entry.engine for entry in config.models))
-    if any(engine.device == "cuda" for engine in engines) and not _has_gpu_driver():
+    if any(engine.device == "cuda" for engine in engines) and not has_gpu_driver():
         raise ConfigError("device is 'cuda', but this machine has no driver of a GPU. Use --device cpu, or install it.")
-
-
-def _has_gpu_driver() -> bool:
-    """NVIDIA's, or AMD's, which torch calls cuda too; torch itself is too long in coming to be asked."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Path("/dev/kfd").exists()
-    return True
 
 
 def _by_name(pooling: list[tuple[ModelConfigEntry, ModelSource]]) -> dict[str, Path]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 import tomllib
@@ -32,6 +31,7 @@ from llmserve.config import (
     setting_names,
 )
 from llmserve.errors import ConfigError
+from llmserve.suggestions import did_you_mean
 
 ENV_PREFIX = "LLMSERVE_"
 _OTHER_VARIABLES = ("API_KEY", "CACHE", "CONFIG", "MODELS")  # no settings, but read by us
@@ -95,8 +95,7 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     known = [*map(str.upper, _all_names()), *_OTHER_VARIABLES]
     told = []
     for name in sorted(_own_variables(environ).keys() - set(known)):
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {ENV_PREFIX}{close[0]}?" if close else ""
+        hint = did_you_mean(name, known, lambda near: ENV_PREFIX + near)
         told.append(f"the environment variable {ENV_PREFIX}{name} is no setting, and is ignored.{hint}")
     return told
 
@@ -167,9 +166,7 @@ def _checked(raw: dict[str, Any], known: list[str], where: str) -> dict[str, Any
     for key, value in raw.items():
         name = key.replace("-", "_")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{where}: unknown setting {key!r}.{hint}")
+            raise ConfigError(f"{where}: unknown setting {key!r}.{did_you_mean(name, known)}")
         values[name] = _convert(name, value, f"{where}: {key}")
     return values
 

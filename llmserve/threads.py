@@ -12,8 +12,9 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
+from llmserve.gpu_driver import has_gpu_driver
+
 _MAX_OPENBLAS_THREADS = 64  # numpy's wheels are built for so many
-_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers: NVIDIA's, AMD's, Windows' own
 
 
 class ThreadLimitError(OSError):
@@ -90,7 +91,7 @@ def _numpy_threads() -> int:
 
 def _is_cpu(device: str) -> bool:
     """Whether an engine told so computes on the CPU for certain."""
-    return device == "cpu" or (device == "auto" and not any(os.path.exists(node) for node in _GPU_NODES))
+    return device == "cpu" or (device == "auto" and not has_gpu_driver())
 
 
 def _pool_threads(*variables: str) -> int:

@@ -47,6 +47,7 @@ FLOORS: tuple[tuple[int, tuple[str, ...]], ...] = (
         (
             *("messages", "errors", "json_fields", "histogram", "http_metrics", "metrics", "general_metrics"),
             *("inference", "pooling_metrics", "request_context", "rate_limit", "threads", "temporary_folder"),
+            *("gpu_driver", "pause", "suggestions"),
         ),
     ),
     (1, ("kv_cache",)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import wait
-from pathlib import Path
 
 import pytest
 
@@ -89,12 +88,9 @@ def test_on_a_large_machine_no_pool_is_counted_that_is_not_started(monkeypatch: 
 
 @pytest.mark.parametrize(("has_gpu", "num_pools"), [(True, 1), (False, 2)])
 def test_a_device_that_is_not_said_is_a_cpu_for_certain_where_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool, num_pools: int
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, num_pools: int
 ) -> None:
-    node = tmp_path / "gpu"
-    if has_gpu:
-        node.touch()
-    monkeypatch.setattr(threads, "_GPU_NODES", (str(node),))
+    monkeypatch.setattr(threads, "has_gpu_driver", lambda: has_gpu)
     assert threads.engine_threads(8, is_standby=True) == num_pools * 8 + 2
 
 

@@ -116,8 +116,8 @@ class HttpProtocol(HttpToolsProtocol):
         """The client sends no more, and is taken to have gone: the connection is closed, as by nginx (its 499) and
         uvicorn. `close` and `shutdown(SHUT_WR)` send the same FIN. Only a failing write could tell them apart, and a
         generation that nobody reads would run to its end, on a GPU that others wait for, before there is one to fail.
-        HTTP allows a client to wait for its answer so half-closed;
-        few do, and one that must (`nc -N`) keeps its side open until it has read the answer."""
+        HTTP allows a client to wait for its answer so half-closed; few do, and one that must (`nc -N`) keeps its side
+        open until it has read the answer."""
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but for a request that asks for another protocol, as some clients do with every request for the

@@ -15,6 +15,7 @@ import uvicorn
 
 from llmserve.api.http_connection import ConnectionLimits, LimitedConnections
 from llmserve.http_metrics import HttpMetrics
+from llmserve.pause import pause
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,7 @@ class HttpServer(uvicorn.Server):
                 client, _ = await loop.sock_accept(listener)
             except OSError as error:
                 logger.warning("A connection cannot be taken: %s", error)
-                over = asyncio.Event()
-                loop.call_later(_PAUSE_S, over.set)
-                await over.wait()
+                await pause(_PAUSE_S)
                 continue
             num_open = len(self.server_state.connections) + len(self._shaking)
             if limits.max_connections and num_open >= limits.max_connections:

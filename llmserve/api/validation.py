@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmserve.errors import InvalidRequestError
+from llmserve.suggestions import did_you_mean
 
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
 IsNeutral = Callable[[Any], bool]
@@ -113,9 +113,7 @@ def _must_be_honoured(name: str, value: Any, known: Mapping[str, Any]) -> bool:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{name[:80]!r} is an unknown parameter.{hint}"
+    return f"{name[:80]!r} is an unknown parameter.{did_you_mean(name, known)}"
 
 
 def _explain(detail: ErrorDetails, body: dict[str, Any], model: type[BaseModel]) -> InvalidRequestError:

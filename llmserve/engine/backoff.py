@@ -7,7 +7,7 @@ about the next start either, and streams wait for it: such deaths are *accidents
 
 from __future__ import annotations
 
-import asyncio
+from llmserve.pause import pause
 
 _MAX_DOUBLINGS = 32  # far beyond any limit, and still a float
 
@@ -49,6 +49,4 @@ class Backoff:
 
     async def wait(self) -> None:
         """The pause."""
-        over = asyncio.Event()
-        asyncio.get_running_loop().call_later(self.pause_s, over.set)
-        await over.wait()
+        await pause(self.pause_s)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from llmserve.engine.flight_recorder import FlightRecorder, make_recorder_fd
+from llmserve.pause import pause
 from llmserve.threads import engine_threads, require_threads, standby_threads
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,5 @@ class EngineProcesses:
             except OSError as error:
                 reason = str(error).rstrip(".")
             logger.warning("There is no standby engine: %s. Another is started in %.1f s", reason, pause_s)
-            over = asyncio.Event()
-            asyncio.get_running_loop().call_later(pause_s, over.set)
-            await over.wait()
+            await pause(pause_s)
             pause_s = min(2 * pause_s, _MAX_BACKOFF_S)

@@ -55,6 +55,17 @@ async def ask(llm: LLM, name: str, max_tokens: int = 20, leave_after: int = 1000
     return num_tokens
 
 
+async def ask_and_kill(llm: LLM, name: str, max_tokens: int, mark: Path, num_deaths: int) -> asyncio.Task[int]:
+    """A request of a model just started whose engine is then killed, and so many of those behind it as they load."""
+    await llm.start()
+    asked = asyncio.create_task(ask(llm, name, max_tokens))
+    await ask(llm, "meanwhile", 5)
+    assert llm.engine.pid is not None
+    mark.write_bytes(bytes(num_deaths))  # noqa: ASYNC240 (a few bytes)
+    os.kill(llm.engine.pid, signal.SIGKILL)
+    return asked
+
+
 async def until_ended(llm: LLM) -> None:
     for _ in range(1000):
         if llm.engine.pid is None:
@@ -108,12 +119,8 @@ def test_a_version_that_retires_does_not_cut_off_whom_its_engine_has_kept_waitin
 
     async def scenario() -> None:
         llm = make_llm(smollm2_path, script=Script(die_in_load_if=str(mark)))
-        await llm.start()
-        long = asyncio.create_task(ask(llm, "long", 150))
-        await ask(llm, "meanwhile", 5)
-        assert llm.engine.pid is not None
-        mark.write_bytes(bytes(4))  # half a second of pause after each: longer than the time to retire
-        os.kill(llm.engine.pid, signal.SIGKILL)
+        # half a second of pause after each of four deaths: longer than the time to retire
+        long = await ask_and_kill(llm, "long", 150, mark, num_deaths=4)
         assert not long.done()
         await llm.retire(1.5)
         await llm.shutdown(5)
@@ -128,12 +135,7 @@ def test_a_version_that_retires_without_any_time_waits_for_no_engine(smollm2_pat
 
     async def scenario() -> None:
         llm = make_llm(smollm2_path, script=Script(die_in_load_if=str(mark)))
-        await llm.start()
-        cut = asyncio.create_task(ask(llm, "cut", 4000))
-        await ask(llm, "meanwhile", 5)
-        assert llm.engine.pid is not None
-        mark.write_bytes(bytes(2))
-        os.kill(llm.engine.pid, signal.SIGKILL)
+        cut = await ask_and_kill(llm, "cut", 4000, mark, num_deaths=2)
         for _ in range(10_000):
             if llm.engine.phase is Phase.RESTARTING:
                 break

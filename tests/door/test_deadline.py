@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
 from llmserve.api.body_memory import BodyMemory
 from llmserve.api.deadline import Deadline
@@ -23,6 +24,20 @@ async def run_until(deadline: Deadline, *delays_s: float) -> None:
         for delay_s in delays_s:
             deadline.move(loop.time() + delay_s)
         await loop.create_future()
+
+
+async def pass_door(app: ASGIApp, timeout_s: bytes, sent: list[Any]) -> None:
+    """One request behind the door, of a client that says nothing more; `sent` gets what goes back."""
+
+    async def collect(message: Any) -> None:
+        sent.append(message)
+
+    async def nothing() -> Any:
+        return await asyncio.get_running_loop().create_future()
+
+    door = Door(app, gatekeeper=Gatekeeper(None), body_memory=BodyMemory(1 << 20))
+    headers = [(b"x-request-timeout", timeout_s)]
+    await door({"type": "http", "path": "/v1/completions", "headers": headers, "client": None}, nothing, collect)
 
 
 @pytest.mark.parametrize("delays_s", [(0.01,), (-1.0,), (60.0, 0.01), (0.0, 0.05)])
@@ -70,15 +85,7 @@ def test_a_stream_that_was_complete_when_its_time_was_over_gets_no_event_behind_
             await send(last)
         await asyncio.sleep(0.1)  # past its time: the client is slow to read
 
-    async def collect(message: Any) -> None:
-        sent.append(message)
-
-    async def nothing() -> Any:
-        return await asyncio.get_running_loop().create_future()
-
-    door = Door(stream, gatekeeper=Gatekeeper(None), body_memory=BodyMemory(1 << 20))
-    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.05")], "client": None}
-    asyncio.run(door(scope, nothing, collect))
+    asyncio.run(pass_door(stream, b"0.05", sent))
     assert [message.get("body") for message in sent] == [None, b"data: [DONE]\n\n"]
 
 
@@ -97,15 +104,7 @@ def test_an_answer_that_was_complete_in_time_is_sent(late: float) -> None:
         await asyncio.sleep(late * 2)
         await send({"type": "http.response.body", "body": body})
 
-    async def collect(message: Any) -> None:
-        sent.append(message)
-
-    async def nothing() -> Any:
-        return await asyncio.get_running_loop().create_future()
-
-    door = Door(answer, gatekeeper=Gatekeeper(None), body_memory=BodyMemory(1 << 20))
-    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"x-request-timeout", b"0.04")], "client": None}
-    asyncio.run(door(scope, nothing, collect))
+    asyncio.run(pass_door(answer, b"0.04", sent))
     assert [message.get("status", message.get("body")) for message in sent] == [200, b"all"]
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -88,19 +90,25 @@ def _is_engine(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def start_server() -> Iterator[Callable[..., Server]]:
+@contextmanager
+def servers_started() -> Iterator[Callable[..., Server]]:
+    """`Server`, of which all that still run are stopped at the end."""
     servers: list[Server] = []
 
-    def start(*args: str) -> Server:
-        server = Server(*args)
-        servers.append(server)
-        return server
+    def start(*args: str, **options: Any) -> Server:
+        servers.append(Server(*args, **options))
+        return servers[-1]
 
     yield start
     for server in servers:
         if server.process.poll() is None:
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., Server]]:
+    with servers_started() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

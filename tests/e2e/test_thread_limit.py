@@ -17,7 +17,7 @@ import pytest
 
 from llmserve.repository.cache import cache_dir
 from llmserve.threads import engine_threads, server_threads
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, servers_started
 
 UID = 54_321  # somebody else's, if the tests run as root, whom no limit binds
 ASK = {"messages": [{"role": "user", "content": "Count from one to forty, in words."}], "temperature": 0}
@@ -84,22 +84,13 @@ needs_tools = pytest.mark.skipif(
 
 @pytest.fixture
 def start_as(smollm2_path: Path) -> Iterator[Callable[[Somebody], Server]]:
-    servers: list[Server] = []
-
-    def start(somebody: Somebody) -> Server:
-        server = Server(
+    with servers_started() as start:
+        yield lambda somebody: start(
             *(str(smollm2_path), "--kv-cache-memory", "64MiB", "--no-standby-engine"),
             *("--model-control-mode", "explicit", "--load-model", "*"),
             prefix=somebody.as_user,
             environment=somebody.environment,
         )
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.stop()
 
 
 def wait_for(server: Server, text: str, after: int) -> None:

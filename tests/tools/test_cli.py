@@ -48,7 +48,7 @@ def test_a_flag_is_not_short_for_another(capsys: pytest.CaptureFixture[str]) -> 
 def test_what_needs_no_model_to_be_refused_is_refused_before_one_is_fetched(
     flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llmserve.serve._has_gpu_driver", lambda: False)
+    monkeypatch.setattr("llmserve.serve.has_gpu_driver", lambda: False)
     assert main(["serve", "no-such-model", "--port", "0", *flags]) == 1
     assert told in capsys.readouterr().err
 
